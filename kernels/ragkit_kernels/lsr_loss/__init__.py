@@ -1,0 +1,7 @@
+"""The loss of LM-supervised retrieval (LSR): retrieval distribution against the language model's."""
+
+from __future__ import annotations
+
+from ragkit_kernels.lsr_loss.reference import DIRECTIONS, lm_distribution, lsr_loss, retrieval_distribution
+
+__all__ = ["DIRECTIONS", "lm_distribution", "lsr_loss", "retrieval_distribution"]
