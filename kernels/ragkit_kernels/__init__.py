@@ -3,7 +3,7 @@
 `linear_logprob.token_logprobs`: log-probabilities of given tokens without the whole logit matrix.
 `lsr_loss.lsr_loss`: the KL divergence that trains a retriever from a language model's scores.
 
-The package needs torch and knows nothing of ragkit. Ops are imported one by one: `import ragkit_kernels` costs nothing.
+The package needs torch and knows nothing of ragkit. Import the ops one by one: `import ragkit_kernels` costs nothing.
 """
 
 from __future__ import annotations
