@@ -1,0 +1,399 @@
+"""The machinery under `ragkit.config`: one description of a setting serves code, YAML, command line, help and forms.
+
+A settings class is a pydantic model whose fields are made with `setting` (a value) or `group` (a nested class). From
+that one description come the checks, the YAML, the `key=value` overrides, the help text and the error messages.
+"""
+
+from __future__ import annotations
+
+import difflib
+import textwrap
+import types
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+from ragkit.files import atomic_write_text
+
+C = TypeVar("C", bound="Config")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One wrong setting: its dotted key, the value found, what is expected, the nearest valid key if it is unknown."""
+
+    key: str
+    found: Any
+    expected: str
+    nearest: str | None = None
+    unknown: bool = False
+
+    def __str__(self) -> str:
+        if self.unknown:
+            hint = f'; did you mean "{self.nearest}"?' if self.nearest else f"; {self.expected}"
+            return f'unknown key "{self.key}" (found {self.found!r}){hint}'
+        return f"{self.key}: found {self.found!r}, expected {self.expected}"
+
+
+class ConfigError(ValueError):
+    """Settings that cannot be used: every wrong key with what was found, what is expected and the nearest valid key.
+
+    Attributes:
+        problems: The single findings, empty where the file as a whole could not be read.
+    """
+
+    def __init__(self, message: str, problems: Sequence[Problem] = ()):
+        super().__init__(message)
+        self.problems = tuple(problems)
+
+
+class _ConfigType(type(BaseModel)):  # type: ignore[misc]
+    """Lets `LSRConfig(train=...)` raise `ConfigError` too.
+
+    An overridden `__init__` would do the same, but pydantic then calls it for every nested group, and the error of a
+    nested group would lose its full key; calling the class is only ever done by people.
+    """
+
+    def __call__(cls, *args: Any, **values: Any) -> Any:
+        try:
+            return super().__call__(*args, **values)
+        except ValidationError as error:
+            raise _readable(error, cls) from error
+
+
+class Config(BaseModel, metaclass=_ConfigType):
+    """Base of all settings classes: unknown keys are refused, assignments are checked, YAML goes in and out."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, coerce_numbers_to_str=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _merge_group_defaults(cls, values: Any) -> Any:
+        """A group given in part keeps the other defaults of *this* class.
+
+        `LSRConfig(train={"batch_size": 4})` must keep LSR's learning rate, not fall back to that of `TrainConfig`.
+        """
+        if not isinstance(values, dict):
+            return values
+        merged = dict(values)
+        for name, field in cls.model_fields.items():
+            if isinstance(merged.get(name), dict):
+                default = field.get_default(call_default_factory=True)  # type: ignore[call-arg]
+                if isinstance(default, Config):
+                    merged[name] = deep_merge(default.explicit(), merged[name])
+        return merged
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        try:
+            super().__setattr__(name, value)
+        except ValidationError as error:
+            raise _readable(error, type(self)) from error
+
+    def explicit(self) -> dict[str, Any]:
+        """The values that somebody set (nested groups included), without those that are only defaults."""
+        values: dict[str, Any] = {}
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, Config):
+                inner = value.explicit()
+                if inner:
+                    values[name] = inner
+            elif name in self.model_fields_set:
+                values[name] = value
+        return values
+
+    def to_yaml(self) -> str:
+        """All settings as YAML, in the order of the fields; `from_yaml` gives an equal object back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def save(self, path: str | Path) -> Path:
+        """Writes `to_yaml()` to `path` atomically."""
+        return atomic_write_text(path, self.to_yaml())
+
+    @classmethod
+    def from_yaml(cls: type[C], text_or_path: str | Path) -> C:
+        """Reads settings from YAML text, or from a file (a `Path`, or one line that ends in .yaml or .yml)."""
+        return load_config(cls, text_or_path)
+
+
+def setting(default: Any, description: str, unit: str | None = None, **limits: Any) -> Any:
+    """A field with its description, unit and range.
+
+    Args:
+        default: Value where the user gives none.
+        description: One sentence for `--help`, forms and docs.
+        unit: What a number counts ("questions", "steps"); numbers without a dimension say "factor" or the like.
+        **limits: `ge`, `gt`, `le`, `lt`, `min_length` as pydantic's `Field` takes them.
+    """
+    extra = {"unit": unit} if unit else None
+    if isinstance(default, list | dict):
+        return Field(default_factory=default.copy, description=description, json_schema_extra=extra, **limits)  # type: ignore[arg-type]
+    return Field(default=default, description=description, json_schema_extra=extra, **limits)  # type: ignore[arg-type]
+
+
+def group(default: Config, description: str) -> Any:
+    """A nested group of settings; every object gets its own copy of `default`."""
+    return Field(default_factory=lambda: default.model_copy(deep=True), description=description)
+
+
+def load_config(
+    cls: type[C], path: str | Path | None = None, overrides: Sequence[str] = (), base: Config | None = None
+) -> C:
+    """Builds settings from a base object, then a YAML file, then `key=value` overrides; later wins.
+
+    Args:
+        cls: The settings class.
+        path: YAML file (or YAML text that holds a line break or a colon); None: no file.
+        overrides: `"train.batch_size=4"` or `"--train.batch_size=4"`; values are read as YAML.
+        base: Settings whose explicitly set values are the starting point.
+
+    Returns:
+        An object of `cls`.
+
+    Raises:
+        ConfigError: The file is missing or not a mapping, an override is not key=value, a key is unknown or a value
+            is out of its range.
+    """
+    values: dict[str, Any] = base.explicit() if base is not None else {}
+    if path is not None:
+        values = deep_merge(values, _read_yaml(path))
+    for override in overrides:
+        values = deep_merge(values, _parse_override(cls, override))
+    return cls(**{str(key): value for key, value in values.items()})
+
+
+def deep_merge(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """`second` laid over `first`, dictionaries key by key; neither is changed."""
+    merged = dict(first)
+    for key, value in second.items():
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = deep_merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def walk(cls: type[Config], prefix: str = "") -> Iterator[tuple[str, FieldInfo, type[Config] | None]]:
+    """Yields (dotted key, field, class if it is a group or None) for every setting, groups before their fields."""
+    for name, field in cls.model_fields.items():
+        inner = field.annotation if isinstance(field.annotation, type) else None
+        if inner is not None and issubclass(inner, Config):
+            yield prefix + name, field, inner
+            yield from walk(inner, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field, None
+
+
+def help_text(cls: type[Config], command: str) -> str:
+    """The text of `python -m ragkit COMMAND --help`: every key with type, default, range, unit and description."""
+    lines = [f"python -m ragkit {command} [config.yaml] [key=value | --key=value ...]", ""]
+    lines += textwrap.wrap((cls.__doc__ or "").strip().split("\n\n")[0], 100) + ["", "Settings:"]
+    for key, field, inner in walk(cls):
+        depth = "  " * (key.count(".") + 1)
+        if inner is not None:
+            lines += ["", f"{depth}{key}.*  {field.description}"]
+            continue
+        default = _default_of(cls, key)
+        shown = "" if default is None else f", default {_yaml_value(default)}"
+        lines.append(f"{depth}{key}  ({expectation(field)}{shown})")
+        lines += textwrap.wrap(
+            field.description or "", 110, initial_indent=depth + "    ", subsequent_indent=depth + "    "
+        )
+    return "\n".join(lines) + "\n"
+
+
+def expectation(field: FieldInfo) -> str:
+    """What a field takes, in words: "a whole number, 1 or more, in questions"."""
+    parts = [_type_words(field.annotation), *_limit_words(field.metadata)]
+    unit = unit_of(field)
+    return ", ".join([*parts, f"in {unit}"] if unit else parts)
+
+
+def _limit_words(metadata: Sequence[Any]) -> list[str]:
+    """The range of a field in words."""
+    parts = []
+    for limit in metadata:
+        for name, words in (
+            ("ge", "{} or more"),
+            ("gt", "more than {}"),
+            ("le", "at most {}"),
+            ("lt", "less than {}"),
+        ):
+            if getattr(limit, name, None) is not None:
+                parts.append(words.format(getattr(limit, name)))
+        if getattr(limit, "min_length", None):
+            parts.append("not empty")
+        if getattr(limit, "pattern", None):
+            parts.append(f"of the form {limit.pattern}")
+    return parts
+
+
+def unit_of(field: FieldInfo) -> str | None:
+    """The unit given to `setting`, if any."""
+    extra = field.json_schema_extra
+    return str(extra["unit"]) if isinstance(extra, dict) and "unit" in extra else None
+
+
+def nearest_key(cls: type[Config], key: str) -> str | None:
+    """The valid dotted key of `cls` that looks most like `key`; a right name in a wrong group counts as near."""
+    name = key.rsplit(".", 1)[-1]
+    best, best_score = None, 0.6  # difflib's own cut-off for "close"
+    for candidate, _, _ in walk(cls):
+        whole = difflib.SequenceMatcher(None, key, candidate).ratio()
+        last = difflib.SequenceMatcher(None, name, candidate.rsplit(".", 1)[-1]).ratio()
+        # Between groups that hold the same name, the full key decides (0.1 never beats a better last name).
+        score = max(whole, last) + 0.1 * whole
+        if max(whole, last) >= 0.6 and score > best_score:
+            best, best_score = candidate, score
+    return best
+
+
+def _read_yaml(source: str | Path) -> dict[str, Any]:
+    """Reads a mapping from a YAML file, or from YAML text."""
+    text = str(source)
+    is_text = not isinstance(source, Path) and ("\n" in text or ":" in text) and not text.endswith((".yaml", ".yml"))
+    where = "the YAML text" if is_text else text
+    if not is_text:
+        path = Path(source)
+        if not path.is_file():
+            near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
+            hint = f'; did you mean "{path.parent / near[0]}"?' if near else ""
+            raise ConfigError(f'there is no configuration file "{path}"{hint}')
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{where}: cannot be read as UTF-8 text: {error}") from error
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not valid YAML: {error}") from error
+    if values is None:
+        return {}  # an empty file asks for the defaults
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: expected a mapping (key: value lines), found a {type(values).__name__}")
+    return values
+
+
+def _parse_override(cls: type[Config], override: str) -> dict[str, Any]:
+    """Turns `a.b=4` into {"a": {"b": 4}}."""
+    key, sign, raw = override.removeprefix("--").partition("=")
+    key = key.strip()
+    if not sign or not key:
+        near = nearest_key(cls, key) if key else None
+        example = f"{near or 'train.batch_size'}=..."
+        raise ConfigError(f'"{override}" is not a setting; write key=value or --key=value, for example {example}')
+    value: Any = _parse_value(_annotation(cls, key), raw, key)
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _parse_value(annotation: Any, raw: str, key: str) -> Any:
+    """Reads the text after `=`: YAML, but text stays text where the setting is a text ("Answer: briefly")."""
+    try:
+        value = yaml.safe_load(raw)
+    except yaml.YAMLError as error:
+        if not {str, list} & _kinds(annotation):
+            raise ConfigError(f"{key}: {raw!r} is not valid YAML: {error}") from error
+        value = raw
+    kinds = _kinds(annotation)
+    if str in kinds and value is not None and not isinstance(value, str):
+        return raw
+    if list in kinds and value is not None and not isinstance(value, list):
+        of_text = any(str in get_args(option) for option in _options(annotation))
+        return [raw if not isinstance(value, str) else value] if of_text else [part.strip() for part in raw.split(",")]
+    return value
+
+
+def _annotation(cls: type[Config], key: str) -> Any:
+    """The type of a dotted key; None if it is unknown (pydantic then reports it)."""
+    return next((field.annotation for candidate, field, _ in walk(cls) if candidate == key), None)
+
+
+def _options(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union, or the type itself."""
+    return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    return {get_origin(option) or option for option in _options(annotation)}
+
+
+def _type_words(annotation: Any) -> str:
+    """A type in words a user knows."""
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
+    options = _options(annotation)
+    if len(options) > 1:
+        if set(options) == {int, float}:
+            return words[float]
+        return " or ".join(_type_words(option) for option in options)
+    if get_origin(annotation) is Literal:
+        return "one of " + ", ".join(str(choice) for choice in get_args(annotation))
+    if get_origin(annotation) is Annotated:
+        inner, *limits = get_args(annotation)
+        metadata = [rule for limit in limits for rule in getattr(limit, "metadata", [limit])]
+        return " of ".join([_type_words(inner), *_limit_words(metadata)])
+    if get_origin(annotation) is list:
+        return f"a list, each {_type_words(get_args(annotation)[0])}"
+    if get_origin(annotation) is dict:
+        return "a mapping of texts to texts"
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return "a group of settings"
+    return words.get(annotation, str(annotation))
+
+
+def _default_of(cls: type[Config], key: str) -> Any:
+    """The default of a dotted key as seen from `cls` (a group's default may differ from its class's)."""
+    value: Any = cls
+    for part in key.split("."):
+        if isinstance(value, type):
+            value = value.model_fields[part].get_default(call_default_factory=True)  # type: ignore[attr-defined]
+        else:
+            value = getattr(value, part)
+    return value
+
+
+def _yaml_value(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, allow_unicode=True).removesuffix("\n...\n").strip() or "''"
+
+
+def _readable(error: ValidationError, cls: type[Config]) -> ConfigError:
+    """A pydantic error in our words."""
+    fields = {key: field for key, field, _ in walk(cls)}
+    problems: dict[str, Problem] = {}
+    for found in error.errors():
+        # The location of a union's member ends in the name of the type; keep only what leads to a setting.
+        parts = [str(part) for part in found["loc"]]
+        unknown = found["type"] in ("extra_forbidden", "no_such_attribute")
+        known = len(parts)
+        while known and not unknown and ".".join(parts[:known]) not in fields:
+            known -= 1
+        key = ".".join(parts[:known]) or cls.__name__
+        value: Any = found["input"]
+        if unknown:
+            valid = "valid keys: " + ", ".join(name for name in fields if "." not in name)
+            problem = Problem(key, value, valid, nearest_key(cls, key), unknown=True)
+        elif found["type"] in ("value_error", "missing") or key not in fields:
+            problem = Problem(key, value, found["msg"].removeprefix("Value error, "))
+        else:
+            expected = expectation(fields[key])
+            item = [part for part in parts[known:] if part.isdigit()]
+            problem = Problem(key, value, f"{expected} (item {item[0]})" if item else expected)
+            near = difflib.get_close_matches(str(value), _choices(fields[key]), n=1)
+            if near:
+                problem = replace(problem, expected=f'{expected}; did you mean "{near[0]}"?')
+        problems.setdefault(key, problem)
+    lines = [str(problem) for problem in problems.values()]
+    head = f"{cls.__name__}: " if len(lines) == 1 else f"{cls.__name__}: {len(lines)} settings are wrong\n  "
+    return ConfigError(head + "\n  ".join(lines), list(problems.values()))
+
+
+def _choices(field: FieldInfo) -> list[str]:
+    """The allowed texts of a field that takes one of a few."""
+    options = _options(field.annotation)
+    return [str(choice) for option in options if get_origin(option) is Literal for choice in get_args(option)]
