@@ -1,0 +1,63 @@
+"""ragkit: fine-tune every trainable part of a RAG system, in a notebook or from the shell.
+
+Names are imported on first use, so `import ragkit` stays fast and pulls in neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "RAGConfig": "ragkit.config",
+    "LSRConfig": "ragkit.config",
+    "RALTConfig": "ragkit.config",
+    "TrainConfig": "ragkit.config",
+    "load_config": "ragkit.config",
+    "Run": "ragkit.runs",
+    "RAGSystem": "ragkit.rag.system",
+    "DenseRetriever": "ragkit.rag.retriever",
+    "Generator": "ragkit.rag.generator",
+    "MemoryStore": "ragkit.rag.store",
+    "QdrantStore": "ragkit.rag.qdrant",
+    "Passage": "ragkit.rag.corpus",
+    "load_corpus": "ragkit.rag.corpus",
+    "PromptTemplate": "ragkit.prompts",
+    "load_qa": "ragkit.tuning.qa_data",
+    "LSRTrainer": "ragkit.tuning.lsr",
+    "RALTTrainer": "ragkit.tuning.ralt",
+    "TrainerManager": "ragkit.tuning.manager",
+    "evaluate": "ragkit.evaluation",
+    "compare": "ragkit.evaluation",
+}
+__all__ = ["__version__", *_HOME]
+
+if TYPE_CHECKING:
+    from ragkit.config import LSRConfig, RAGConfig, RALTConfig, TrainConfig, load_config
+    from ragkit.evaluation import compare, evaluate
+    from ragkit.prompts import PromptTemplate
+    from ragkit.rag.corpus import Passage, load_corpus
+    from ragkit.rag.generator import Generator
+    from ragkit.rag.qdrant import QdrantStore
+    from ragkit.rag.retriever import DenseRetriever
+    from ragkit.rag.store import MemoryStore
+    from ragkit.rag.system import RAGSystem
+    from ragkit.runs import Run
+    from ragkit.tuning.lsr import LSRTrainer
+    from ragkit.tuning.manager import TrainerManager
+    from ragkit.tuning.qa_data import load_qa
+    from ragkit.tuning.ralt import RALTTrainer
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'ragkit' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

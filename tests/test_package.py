@@ -1,0 +1,102 @@
+"""The house itself: what importing costs, the `kernels/` hazard, and the doors between the rooms."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env={**os.environ, **env}, timeout=300
+    )
+
+
+def test_kernels_folder_is_no_package():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+@pytest.mark.slow
+def test_a_transformers_model_imports_from_the_repository_root():
+    """A package called `kernels` on the path would be taken for Hugging Face's and break this import."""
+    done = python("from transformers import BertModel, LlamaForCausalLM; print(BertModel.__name__)")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "BertModel"
+
+
+def test_import_pulls_in_nothing_heavy():
+    heavy = ["torch", "transformers", "sentence_transformers", "peft", "matplotlib", "triton", "datasets", "pandas"]
+    done = python(
+        "import sys, ragkit, ragkit.config, ragkit.runs, ragkit.evaluation, ragkit.prompts;"
+        f"print([m for m in {heavy!r} if m in sys.modules])"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
+def test_public_names_resolve():
+    done = python("import ragkit; [getattr(ragkit, n) for n in ragkit.__all__]; print(len(ragkit.__all__))")
+    assert done.returncode == 0, done.stderr
+
+
+# Lower rooms first. A module may import from its own room and from rooms before it.
+ROOMS = [
+    ["ragkit_kernels"],
+    ["ragkit.optional", "ragkit.files", "ragkit.small_world"],
+    ["ragkit.config", "ragkit.settings", "ragkit.runs", "ragkit.engine", "ragkit.prompts", "ragkit.evaluation"],
+    ["ragkit.rag"],
+    ["ragkit.tuning"],
+    ["ragkit.commands", "ragkit.quickstart", "ragkit.__main__"],
+]
+
+
+def room(module: str) -> int | None:
+    for level, names in enumerate(ROOMS):
+        if any(module == n or module.startswith(n + ".") for n in names):
+            return level
+    return None
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return found
+
+
+def modules() -> list[tuple[str, Path]]:
+    out = []
+    for base, package in ((ROOT, "ragkit"), (ROOT / "kernels", "ragkit_kernels")):
+        for path in sorted((base / package).rglob("*.py")):
+            name = ".".join(path.relative_to(base).with_suffix("").parts).removesuffix(".__init__")
+            out.append((name, path))
+    return out
+
+
+def test_arrows_point_one_way():
+    wrong = []
+    for name, path in modules():
+        here = room(name)
+        for target in imports(path):
+            there = room(target)
+            if here is not None and there is not None and there > here:
+                wrong.append(f"{name} -> {target}")
+            if name.startswith("ragkit_kernels") and target.split(".")[0] == "ragkit":
+                wrong.append(f"{name} -> {target}")
+            if name.startswith("ragkit.") and target.split(".")[0] == "triton":
+                wrong.append(f"{name} -> {target}")
+    assert wrong == []
+
+
+def test_every_module_belongs_to_a_room():
+    assert [n for n, _ in modules() if n != "ragkit" and room(n) is None] == []
