@@ -210,6 +210,12 @@ class Run:
                 return path
         return None
 
+    def drop_old_checkpoints(self, keep: int | None) -> None:
+        """Deletes all but the last `keep` complete checkpoints (None: deletes nothing)."""
+        if keep:
+            for path in self.checkpoints()[:-keep]:
+                shutil.rmtree(path)
+
     def drop_checkpoints_after(self, step: int) -> None:
         """Deletes checkpoints of later steps, half-written ones too, so that a resumed run writes them afresh."""
         for path, number in self._checkpoint_folders():

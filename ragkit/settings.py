@@ -12,7 +12,7 @@ import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -52,18 +52,22 @@ class ConfigError(ValueError):
         self.problems = tuple(problems)
 
 
-class _ConfigType(type(BaseModel)):  # type: ignore[misc]
-    """Lets `LSRConfig(train=...)` raise `ConfigError` too.
+if TYPE_CHECKING:
+    _ConfigType = type  # type checkers do not follow a metaclass that is found at run time
+else:
 
-    An overridden `__init__` would do the same, but pydantic then calls it for every nested group, and the error of a
-    nested group would lose its full key; calling the class is only ever done by people.
-    """
+    class _ConfigType(type(BaseModel)):
+        """Lets `LSRConfig(train=...)` raise `ConfigError` too.
 
-    def __call__(cls, *args: Any, **values: Any) -> Any:
-        try:
-            return super().__call__(*args, **values)
-        except ValidationError as error:
-            raise _readable(error, cls) from error
+        An overridden `__init__` would do the same, but pydantic then calls it for every nested group, and the error of
+        a nested group would lose its full key; calling the class is only ever done by people.
+        """
+
+        def __call__(cls, *args, **values):
+            try:
+                return super().__call__(*args, **values)
+            except ValidationError as error:
+                raise _readable(error, cls) from error
 
 
 class Config(BaseModel, metaclass=_ConfigType):
