@@ -10,12 +10,10 @@ numbers: the data loader reads one batch ahead, so such draws would fall on the 
 from __future__ import annotations
 
 import dataclasses
-import html
 import logging
 import math
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,17 +21,30 @@ from typing import Any
 import torch
 import torch.distributed
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from ragkit.config import TrainConfig
-from ragkit.runs import Run, RunError, checkpoint_step, mark_complete
+from ragkit.run_callback import RunCallback, ZeroGradientWarning
+from ragkit.runs import Run, RunError, checkpoint_step
+from ragkit.tables import html_table
+from ragkit.trained_part import TrainedPart, freeze, trainable_parameters
 
+__all__ = [
+    "NonFiniteLossError",
+    "RunCallback",
+    "RunTrainer",
+    "TrainResult",
+    "TrainedPart",
+    "ZeroGradientWarning",
+    "freeze",
+    "run_training",
+    "trainable_parameters",
+    "training_arguments",
+]
 logger = logging.getLogger("ragkit")
 
 LossFunction = Callable[[nn.Module, dict[str, Any]], Tensor]
-ZERO_GRADIENT_STEPS = 3
-_NOT_EVENTS = ("epoch", "total_flos", "_runtime", "_per_second")  # the Trainer's speeds; `elapsed` says it once
 
 
 class NonFiniteLossError(RuntimeError):
@@ -48,78 +59,6 @@ class NonFiniteLossError(RuntimeError):
         super().__init__(message)
         self.step = step
         self.ids = ids
-
-
-class ZeroGradientWarning(UserWarning):
-    """The gradient of the trained part was exactly 0 for several steps: nothing is being learned."""
-
-
-# ---- freezing ----
-
-
-def freeze(module: nn.Module) -> nn.Module:
-    """Takes every parameter of `module` out of training (`requires_grad`) and turns dropout off (`eval`)."""
-    module.requires_grad_(False)
-    return module.eval()
-
-
-def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that training changes, by name."""
-    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-
-
-class TrainedPart(nn.Module):
-    """Wraps a model that is not from transformers so that checkpoints hold just its trained tensors.
-
-    The Trainer writes `state_dict()` of such a model as safetensors, which refuses tensors that share memory, and a
-    checkpoint need not repeat the frozen part. Attributes of the wrapped module can be reached through the wrapper.
-    Buffers are saved too (running statistics change while training).
-    """
-
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.module(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("module"), name)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Trained parameters and buffers by name, each shared tensor once."""
-        return {name: tensor.detach().contiguous() for name, tensor in self._saved_tensors().items()}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Copies the tensors of a checkpoint back.
-
-        Raises:
-            RunError: The checkpoint lacks a trained tensor, or has one of another name or shape.
-        """
-        own = self._saved_tensors()
-        wrong = sorted(own.keys() ^ state_dict.keys())
-        wrong += [name for name in own.keys() & state_dict.keys() if own[name].shape != state_dict[name].shape]
-        if wrong:
-            raise RunError(
-                f"the checkpoint does not fit the model: {len(wrong)} tensors are missing, unknown or of another "
-                f"shape, for example {wrong[0]!r}; it was made with other settings "
-                "(which part is trained, which encoder)"
-            )
-        with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(state_dict[name])
-        return nn.modules.module._IncompatibleKeys([], [])
-
-    def _saved_tensors(self) -> dict[str, Tensor]:
-        # named_parameters and named_buffers name a shared tensor once; the first name stands for all.
-        tensors: dict[str, Tensor] = dict(trainable_parameters(self.module))
-        buffers = {name: buffer for name, buffer in self.module.named_buffers() if buffer is not None}
-        saved = super().state_dict().keys()  # leaves out buffers that are not persistent
-        tensors.update({name: buffer for name, buffer in buffers.items() if f"module.{name}" in saved})
-        return tensors
 
 
 # ---- the Trainer ----
@@ -167,8 +106,9 @@ class RunTrainer(Trainer):
         self.run = run
         self.run_callback = RunCallback(run, keep)
         self.add_callback(self.run_callback)
-        self._own_loss = loss_fn is not None or type(self).compute_loss is not RunTrainer.compute_loss
-        if self._own_loss or isinstance(model, TrainedPart):
+        own_loss = loss_fn is not None or type(self).compute_loss is not RunTrainer.compute_loss
+        self._mean_loss = own_loss or isinstance(model, TrainedPart)
+        if self._mean_loss:
             # Such a loss is a mean over its batch: the Trainer has to divide it by the accumulated batches, which it
             # leaves out for models that are given `num_items_in_batch`.
             self.model_accepts_loss_kwargs = False
@@ -207,7 +147,7 @@ class RunTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Any, Any]:
         """The loss of one evaluation batch; the Trainer's own way needs a model that returns logits."""
-        if not self._own_loss:
+        if not self._mean_loss:
             inputs = {name: value for name, value in inputs.items() if name != "ids"}
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
@@ -234,94 +174,6 @@ class RunTrainer(Trainer):
             self.log(dict(values))
             metrics.update(values)
         return metrics
-
-
-class RunCallback(TrainerCallback):
-    """Writes the events of a run, watches its stop flag and warns when nothing is being learned.
-
-    Every logged step is one event: step, total, epoch, loss, learning_rate, grad_norm, elapsed and remaining (seconds;
-    elapsed goes on over resumes). Evaluations are events with the `eval_...` values.
-    """
-
-    def __init__(self, run: Run, keep_checkpoints: int | None = None):
-        self.run = run
-        self._keep = keep_checkpoints
-        self._begin = time.monotonic()
-        self._elapsed_before = 0.0
-        self._first_step = 0
-        self._zero_gradients = 0
-        self._warned = False
-        self.stopped = False
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        """Sets the clock to where the run was."""
-        self._begin = time.monotonic()
-        self._first_step = state.global_step
-        self._elapsed_before = max((event.get("elapsed") or 0.0 for event in self.run.events()), default=0.0)
-        self._zero_gradients, self._warned, self.stopped = 0, False, False
-
-    def on_step_end(self, args, state, control, **kwargs):
-        """Ends the training with a checkpoint where asked; logs wherever a checkpoint is saved."""
-        if self._stop_is_requested(args):
-            control.should_save = True
-            control.should_training_stop = True
-            self.stopped = state.global_step < state.max_steps
-        if state.global_step >= state.max_steps:
-            control.should_save = True
-        if control.should_save:
-            # The mean loss since the last event lives in memory only: without an event here, the curve of a resumed
-            # run would differ where logging_steps is above 1.
-            control.should_log = True
-        return control
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        """Turns the Trainer's log into an event."""
-        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
-            return
-        values = {name: value for name, value in logs.items() if not name.endswith(_NOT_EVENTS)}
-        elapsed = self._elapsed_before + time.monotonic() - self._begin
-        done = state.global_step - self._first_step
-        left = state.max_steps - state.global_step
-        remaining = (time.monotonic() - self._begin) / done * left if done else None
-        event = {"step": state.global_step, "total": state.max_steps, "epoch": state.epoch, **values}
-        self.run.log({**event, "elapsed": elapsed, "remaining": remaining})
-        shown = " ".join(f"{name} {value:.4g}" for name, value in values.items() if isinstance(value, float | int))
-        logger.info("step %d/%d %s", state.global_step, state.max_steps, shown)
-        if "grad_norm" in logs:
-            self._watch_gradient(float(logs["grad_norm"]), state.global_step)
-
-    def on_save(self, args, state, control, **kwargs):
-        """Marks the checkpoint as complete, and forgets the stop request that led to it."""
-        if not state.is_world_process_zero:
-            return
-        path = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if path.is_dir():
-            mark_complete(path)
-            # The Trainer's own rotation deletes the old one before the new one is known to be whole.
-            self.run.drop_old_checkpoints(self._keep)
-        if control.should_training_stop:
-            self.run.clear_stop()
-
-    def _watch_gradient(self, norm: float, step: int) -> None:
-        self._zero_gradients = self._zero_gradients + 1 if norm == 0.0 else 0
-        if self._zero_gradients >= ZERO_GRADIENT_STEPS and not self._warned:
-            self._warned = True
-            message = (
-                f"the gradient of the trained part was exactly 0 at the last {self._zero_gradients} logged steps (up "
-                f"to step {step}): the loss does not reach the weights, so nothing is learned. Is the loss computed "
-                "from tensors with a gradient, is the right part unfrozen, and do the rows differ at all?"
-            )
-            self.run.log({"step": step, "warning": message})
-            warnings.warn(message, ZeroGradientWarning, stacklevel=2)
-
-    def _stop_is_requested(self, args: TrainingArguments) -> bool:
-        """The same answer on every process: one that stops alone would leave the others waiting for ever."""
-        requested = self.run.stop_requested
-        if args.world_size > 1 and torch.distributed.is_initialized():
-            flag = torch.tensor([float(requested)], device=args.device)
-            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-            requested = bool(flag.item() > 0)
-        return requested
 
 
 def training_arguments(train: TrainConfig, run: Run, device: str = "auto", **over: Any) -> TrainingArguments:
@@ -421,10 +273,7 @@ class TrainResult:
         return "TrainResult(" + ", ".join(f"{name} {value}" for name, value in self._rows()) + ")"
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in self._rows()
-        )
-        return f"<table>{rows}</table>"
+        return html_table([["training", ""], *self._rows()])
 
 
 def run_training(trainer: RunTrainer, run: Run | None = None, resume: bool = False) -> TrainResult:

@@ -10,7 +10,7 @@ import difflib
 import textwrap
 import types
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -385,12 +385,10 @@ def _readable(error: ValidationError, cls: type[Config]) -> ConfigError:
         elif found["type"] in ("value_error", "missing") or key not in fields:
             problem = Problem(key, value, found["msg"].removeprefix("Value error, "))
         else:
-            expected = expectation(fields[key])
-            item = [part for part in parts[known:] if part.isdigit()]
-            problem = Problem(key, value, f"{expected} (item {item[0]})" if item else expected)
+            item = [f" (item {part})" for part in parts[known:] if part.isdigit()]
             near = difflib.get_close_matches(str(value), _choices(fields[key]), n=1)
-            if near:
-                problem = replace(problem, expected=f'{expected}; did you mean "{near[0]}"?')
+            hint = f'; did you mean "{near[0]}"?' if near else ""
+            problem = Problem(key, value, expectation(fields[key]) + "".join(item[:1]) + hint)
         problems.setdefault(key, problem)
     lines = [str(problem) for problem in problems.values()]
     head = f"{cls.__name__}: " if len(lines) == 1 else f"{cls.__name__}: {len(lines)} settings are wrong\n  "

@@ -1,0 +1,111 @@
+"""The one `TrainerCallback`: writes the events of a run, watches its stop flag and its gradient."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed
+from transformers import TrainerCallback, TrainingArguments
+
+from ragkit.runs import Run, mark_complete
+
+logger = logging.getLogger("ragkit")
+
+ZERO_GRADIENT_STEPS = 3
+_NOT_EVENTS = ("epoch", "total_flos", "_runtime", "_per_second")  # the Trainer's speeds; `elapsed` says it once
+
+
+class ZeroGradientWarning(UserWarning):
+    """The gradient of the trained part was exactly 0 for several steps: nothing is being learned."""
+
+
+class RunCallback(TrainerCallback):
+    """Writes the events of a run, watches its stop flag and warns when nothing is being learned.
+
+    Every logged step is one event: step, total, epoch, loss, learning_rate, grad_norm, elapsed and remaining (seconds;
+    elapsed goes on over resumes). Evaluations are events with the `eval_...` values.
+    """
+
+    def __init__(self, run: Run, keep_checkpoints: int | None = None):
+        self.run = run
+        self._keep = keep_checkpoints
+        self._begin = time.monotonic()
+        self._elapsed_before = 0.0
+        self._first_step = 0
+        self._zero_gradients = 0
+        self._warned = False
+        self.stopped = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Sets the clock to where the run was."""
+        self._begin = time.monotonic()
+        self._first_step = state.global_step
+        self._elapsed_before = max((event.get("elapsed") or 0.0 for event in self.run.events()), default=0.0)
+        self._zero_gradients, self._warned, self.stopped = 0, False, False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Ends the training with a checkpoint where asked; logs wherever a checkpoint is saved."""
+        if self._stop_is_requested(args):
+            control.should_save = True
+            control.should_training_stop = True
+            self.stopped = state.global_step < state.max_steps
+        if state.global_step >= state.max_steps:
+            control.should_save = True
+        if control.should_save:
+            # The mean loss since the last event lives in memory only: without an event here, the curve of a resumed
+            # run would differ where logging_steps is above 1.
+            control.should_log = True
+        return control
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Turns the Trainer's log into an event."""
+        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+            return
+        values = {name: value for name, value in logs.items() if not name.endswith(_NOT_EVENTS)}
+        elapsed = self._elapsed_before + time.monotonic() - self._begin
+        done = state.global_step - self._first_step
+        left = state.max_steps - state.global_step
+        remaining = (time.monotonic() - self._begin) / done * left if done else None
+        event = {"step": state.global_step, "total": state.max_steps, "epoch": state.epoch, **values}
+        self.run.log({**event, "elapsed": elapsed, "remaining": remaining})
+        shown = " ".join(f"{name} {value:.4g}" for name, value in values.items() if isinstance(value, float | int))
+        logger.info("step %d/%d %s", state.global_step, state.max_steps, shown)
+        if "grad_norm" in logs:
+            self._watch_gradient(float(logs["grad_norm"]), state.global_step)
+
+    def on_save(self, args, state, control, **kwargs):
+        """Marks the checkpoint as complete, and forgets the stop request that led to it."""
+        if not state.is_world_process_zero:
+            return
+        path = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if path.is_dir():
+            mark_complete(path)
+            # The Trainer's own rotation deletes the old one before the new one is known to be whole.
+            self.run.drop_old_checkpoints(self._keep)
+        if control.should_training_stop:
+            self.run.clear_stop()
+
+    def _watch_gradient(self, norm: float, step: int) -> None:
+        self._zero_gradients = self._zero_gradients + 1 if norm == 0.0 else 0
+        if self._zero_gradients >= ZERO_GRADIENT_STEPS and not self._warned:
+            self._warned = True
+            message = (
+                f"the gradient of the trained part was exactly 0 at the last {self._zero_gradients} logged steps (up "
+                f"to step {step}): the loss does not reach the weights, so nothing is learned. Is the loss computed "
+                "from tensors with a gradient, is the right part unfrozen, and do the rows differ at all?"
+            )
+            self.run.log({"step": step, "warning": message})
+            warnings.warn(message, ZeroGradientWarning, stacklevel=2)
+
+    def _stop_is_requested(self, args: TrainingArguments) -> bool:
+        """The same answer on every process: one that stops alone would leave the others waiting for ever."""
+        requested = self.run.stop_requested
+        if args.world_size > 1 and torch.distributed.is_initialized():
+            flag = torch.tensor([float(requested)], device=args.device)
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+            requested = bool(flag.item() > 0)
+        return requested
