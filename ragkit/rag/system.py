@@ -1,0 +1,269 @@
+"""The RAG system: a retriever and a generator that answer questions from a corpus."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ragkit.config import RAGConfig
+from ragkit.files import atomic_dir
+from ragkit.prompts import get_template
+from ragkit.rag.corpus import Passage, RetrievedPassage, load_corpus
+from ragkit.rag.generator import Generator
+from ragkit.rag.loading import resolve_device
+from ragkit.rag.qdrant import QdrantStore
+from ragkit.rag.retriever import DenseRetriever, Retriever
+from ragkit.rag.store import KnowledgeStore, MemoryStore, StoreError, read_store
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a RAG system says to a question, and from which passages. `print` and Jupyter show all of it."""
+
+    question: str
+    text: str
+    passages: tuple[RetrievedPassage, ...]
+
+    def __str__(self) -> str:
+        lines = [f"Question: {self.question}", f"Answer:   {self.text}"]
+        for n, passage in enumerate(self.passages, start=1):
+            lines.append(f"  [{n}] {passage.score:.3f}  {passage.title or passage.id}: {_short(passage.text)}")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{n}</td><td>{passage.score:.3f}</td><td>{html.escape(passage.title or passage.id)}</td>"
+            f'<td style="text-align:left">{html.escape(_short(passage.text, 300))}</td></tr>'
+            for n, passage in enumerate(self.passages, start=1)
+        )
+        return (
+            f"<div><b>Question:</b> {html.escape(self.question)}<br><b>Answer:</b> {html.escape(self.text)}"
+            f"<table><thead><tr><th></th><th>score</th><th>passage</th><th>text</th></tr></thead>"
+            f"<tbody>{rows}</tbody></table></div>"
+        )
+
+
+class RAGSystem:
+    """A retriever, a generator and the settings that join them.
+
+    Args:
+        retriever: Finds passages: a `DenseRetriever`, or anything with its `retrieve`.
+        generator: Answers from them.
+        config: `top_k`, `prompt` and the other settings; what the parts were made with stays as it is.
+
+    Example:
+        >>> rag = RAGSystem.from_documents({"Peru": "Lima is the capital of Peru."})  # doctest: +SKIP
+        >>> rag.query("What is the capital of Peru?").text  # doctest: +SKIP
+        'Lima'
+    """
+
+    def __init__(self, retriever: Retriever, generator: Generator, config: RAGConfig | None = None):
+        self.retriever, self.generator = retriever, generator
+        self.config = RAGConfig() if config is None else config
+        self.template = get_template(self.config.prompt)  # a wrong name is an error now, not at the first question
+
+    @classmethod
+    def from_documents(
+        cls,
+        corpus: Any,
+        config: RAGConfig | None = None,
+        *,
+        retriever: str | DenseRetriever | None = None,
+        generator: str | Generator | None = None,
+        **overrides: Any,
+    ) -> RAGSystem:
+        """Builds a system and its index.
+
+        Args:
+            corpus: Anything that `load_corpus` reads, for example `"small_world"`, a path or `{title: text}`.
+            config: Settings; the defaults work offline.
+            retriever: A name for `config.retriever`, or a retriever that is ready (its store is filled anew).
+            generator: A name for `config.generator`, or a generator that is ready.
+            **overrides: Fields of `RAGConfig`, for example `top_k=5`.
+
+        Raises:
+            CorpusError: The corpus is empty or a passage cannot be used.
+            ConfigError: An override that `RAGConfig` does not know or allow.
+            StoreError: A Qdrant collection holds other passages already.
+        """
+        named = {"retriever": retriever, "generator": generator}
+        overrides.update({key: value for key, value in named.items() if isinstance(value, str)})
+        config = RAGConfig(**{**(config.explicit() if config is not None else {}), **overrides})
+        get_template(config.prompt)
+        passages = load_corpus(corpus)  # before any model is loaded: it is what fails most often
+        live = retriever if retriever is not None and not isinstance(retriever, str) else None
+        dense = live if live is not None else make_retriever(config)
+        if not isinstance(dense.store, MemoryStore):
+            _refuse_other_passages(dense.store, passages)
+        answering = generator if generator is not None and not isinstance(generator, str) else _make_generator(config)
+        dense.index(passages)
+        return cls(dense, answering, config)
+
+    def __repr__(self) -> str:
+        return f"RAGSystem(\n  {self.retriever!r},\n  {self.generator!r},\n  top_k={self.config.top_k}\n)"
+
+    def retrieve(self, question: str, top_k: int | None = None) -> list[RetrievedPassage]:
+        """The best passages for one question: id, title, text and score of each."""
+        return self.batch_retrieve([question], top_k)[0]
+
+    def batch_retrieve(self, questions: Sequence[str], top_k: int | None = None) -> list[list[RetrievedPassage]]:
+        """The best passages for each question.
+
+        Args:
+            questions: Questions.
+            top_k: Passages for each; `config.top_k` by default. More than there are gives all.
+        """
+        if isinstance(questions, str):
+            raise TypeError("batch_retrieve takes a list of questions; use retrieve for one")
+        return self.retriever.retrieve(list(questions), self.config.top_k if top_k is None else top_k)
+
+    def generate(self, question: str, passages: Sequence[Any]) -> str:
+        """The answer to one question from given passages (strings or passages, best first)."""
+        return self.batch_generate([question], [passages])[0]
+
+    def batch_generate(self, questions: Sequence[str], passages: Sequence[Sequence[Any]]) -> list[str]:
+        """The answer to each question from its passages. Passages that are too long together are cut to fit."""
+        if len(questions) != len(passages):
+            raise ValueError(f"{len(questions)} questions, but passages for {len(passages)}")
+        generator = self.generator
+        prompts = [
+            generator.encode_prompt(self.template, question, given, reserve=generator.max_new_tokens)
+            for question, given in zip(questions, passages, strict=True)
+        ]
+        return generator.generate_ids(prompts)
+
+    def query(self, question: str, top_k: int | None = None) -> Answer:
+        """Retrieves, then answers."""
+        return self.batch_query([question], top_k)[0]
+
+    def batch_query(self, questions: Sequence[str], top_k: int | None = None) -> list[Answer]:
+        """Retrieves for all questions, then answers them all."""
+        retrieved = self.batch_retrieve(questions, top_k)
+        texts = self.batch_generate(questions, retrieved)
+        return [
+            Answer(question, text, tuple(passages))
+            for question, text, passages in zip(questions, texts, retrieved, strict=True)
+        ]
+
+    def save(self, directory: str | Path) -> Path:
+        """Writes the whole system as one folder, atomically: settings, encoders, passages, embeddings and generator.
+
+        A model taken by name ("default" or from the hub) whose weights are untouched is kept as its name; all else,
+        and every trained part, is in the folder, which may then be moved to another machine.
+        """
+        if not isinstance(self.retriever, DenseRetriever):
+            raise TypeError(f"save writes systems with a DenseRetriever, found {type(self.retriever).__name__}")
+        with atomic_dir(directory) as folder:
+            self.config.save(folder / "config.yaml")
+            self.retriever.save(folder / "retriever")
+            self.generator.save(folder / "generator")
+            (folder / "system.json").write_text(json.dumps({"format": FORMAT}) + "\n", encoding="utf-8")
+        return Path(directory)
+
+    @classmethod
+    def load(cls, directory: str | Path, device: str | None = None, store: KnowledgeStore | None = None) -> RAGSystem:
+        """Reads what `save` wrote; the answers are the same.
+
+        Args:
+            directory: The folder.
+            device: In place of the saved setting.
+            store: A store that holds the passages already, in place of the one that the settings name. With Qdrant
+                the saved collection is used if it still holds the same passages, and filled from the folder if it is
+                empty.
+
+        Raises:
+            ValueError: A file is missing or corrupt (`StoreError` and `ConfigError` are such); the message names it.
+        """
+        folder = Path(directory)
+        if not folder.is_dir():
+            raise ValueError(f"no saved system at {folder}: not a folder")
+        try:
+            head = json.loads((folder / "system.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{folder / 'system.json'}: not a saved system, or it was cut off ({error})") from error
+        if head != {"format": FORMAT}:
+            raise ValueError(f"{folder / 'system.json'}: expected format {FORMAT}, found {head!r}")
+        if not (folder / "config.yaml").is_file():
+            raise ValueError(f"{folder / 'config.yaml'}: missing; the folder was cut off while it was copied")
+        config = RAGConfig.from_yaml(folder / "config.yaml")
+        if device is not None:
+            config.device = device
+        resolved = resolve_device(config.device)
+        if store is None and config.store == "qdrant":
+            store = _reopen_qdrant(config, folder / "retriever" / "store")
+        retriever = DenseRetriever.load(folder / "retriever", store, resolved, config.trust_remote_code)
+        generator = Generator.load(folder / "generator", resolved, config.trust_remote_code)
+        return cls(retriever, generator, config)
+
+
+def make_retriever(config: RAGConfig) -> DenseRetriever:
+    """The retriever that the settings describe, with an empty index (a Qdrant collection may hold passages)."""
+    return DenseRetriever(
+        encoder=config.retriever,
+        passage_encoder=config.passage_retriever,
+        store=_open_qdrant(config) if config.store == "qdrant" else None,
+        query_prompt=config.query_prompt,
+        passage_prompt=config.passage_prompt,
+        batch_size=config.encode_batch_size,
+        device=config.device,
+        max_tokens=config.max_passage_tokens,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def _make_generator(config: RAGConfig) -> Generator:
+    return Generator(
+        model=config.generator,
+        adapter=config.adapter,
+        chat_template=config.chat_template,
+        system_prompt=config.system_prompt,
+        device=config.device,
+        dtype=config.dtype,
+        max_new_tokens=config.max_new_tokens,
+        batch_size=config.generate_batch_size,
+        max_prompt_tokens=config.max_prompt_tokens,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def _open_qdrant(config: RAGConfig) -> QdrantStore:
+    return QdrantStore(path=config.qdrant_path, url=config.qdrant_url, collection=config.collection)
+
+
+def _refuse_other_passages(store: KnowledgeStore, passages: Sequence[Passage]) -> None:
+    """A persistent store is filled anew only where nothing is lost: it is empty, or holds these passages already."""
+    new = {passage.id for passage in passages}
+    other = next((passage.id for passage in store.passages() if passage.id not in new), None)
+    if other is not None:
+        raise StoreError(
+            f"{store!r} holds other passages already, for example {other!r}; choose another collection, "
+            "or clear() the store first"
+        )
+
+
+def _reopen_qdrant(config: RAGConfig, saved: Path) -> QdrantStore:
+    store = _open_qdrant(config)
+    passages, matrix = read_store(saved)
+    if not len(store):
+        if passages:
+            store.add(passages, matrix)
+    elif [passage.id for passage in store.passages()] != [passage.id for passage in passages]:
+        store.close()
+        raise StoreError(
+            f"{store!r} no longer holds the passages of the saved system; choose another collection in its "
+            "config.yaml, or load with store=MemoryStore.load(...)"
+        )
+    return store
+
+
+def _short(text: str, length: int = 100) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= length else text[: length - 1].rstrip() + "…"
