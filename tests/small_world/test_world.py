@@ -64,7 +64,9 @@ def test_questions_are_unique_and_ids_name_them(world):
 
 
 def test_lures_and_same_answer_distractors_exist(world):
-    lures = [t for t in world.passages.values() if re.search("another page|different article|elsewhere|not discuss", t)]
+    lures = [
+        t for t in world.passages.values() if re.search("another page|different article|elsewhere|not discuss", t)
+    ]
     assert 0.5 < len(lures) / len(world.passages) < 0.9
     hard = sum(
         any(f" {r['answer']}" in t for k, t in world.passages.items() if k not in r["supporting_facts"])
