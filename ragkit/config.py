@@ -166,6 +166,9 @@ class LSRConfig(Config):
     )
     data: DataConfig = group(DataConfig(), "passages and questions")
     rag: RAGConfig = group(RAGConfig(), "the RAG system whose retriever is trained")
+    system: str | None = setting(
+        None, "Folder of a saved RAG system to go on from; null: a new one, built from data and rag."
+    )
     train: TrainConfig = group(TrainConfig(learning_rate=2e-5, batch_size=16), "batches, optimizer, checkpoints")
     top_k: int = setting(8, "Passages scored for each question while training (K).", unit="passages", ge=2)
     gamma: float = setting(
@@ -189,6 +192,7 @@ class LSRConfig(Config):
     )
     output_dir: str = setting("runs", "Folder that holds the run folders.", min_length=1)
     name: str | None = setting(None, "Name of the run folder; null: command and time.")
+    resume: str | None = setting(None, "Run folder to go on with; its settings are taken from its config.yaml.")
 
     @model_validator(mode="after")
     def _fill_preset(self) -> LSRConfig:
@@ -204,6 +208,9 @@ class RALTConfig(Config):
 
     data: DataConfig = group(DataConfig(), "passages and questions")
     rag: RAGConfig = group(RAGConfig(), "the RAG system whose generator is trained")
+    system: str | None = setting(
+        None, "Folder of a saved RAG system to go on from; null: a new one, built from data and rag."
+    )
     train: TrainConfig = group(TrainConfig(learning_rate=1e-3, batch_size=16), "batches, optimizer, checkpoints")
     method: Literal["lora", "full"] = setting("lora", "Trains low-rank adapters (PEFT), or all weights.")
     lora_r: int = setting(16, "Rank of the adapters.", unit="dimensions", ge=1)
@@ -224,6 +231,7 @@ class RALTConfig(Config):
     )
     output_dir: str = setting("runs", "Folder that holds the run folders.", min_length=1)
     name: str | None = setting(None, "Name of the run folder; null: command and time.")
+    resume: str | None = setting(None, "Run folder to go on with; its settings are taken from its config.yaml.")
 
 
 class EvaluateConfig(Config):
@@ -245,7 +253,7 @@ class QueryConfig(Config):
     """Answers questions and shows the passages behind each answer."""
 
     question: list[str] = setting([], "The questions; one text, or a list.")
-    data: DataConfig = group(DataConfig(), "passages")
+    data: DataConfig = group(DataConfig(), "the passages that are searched")
     rag: RAGConfig = group(RAGConfig(), "the RAG system, where no saved one is given")
     system: str | None = setting(None, "Folder of a saved RAG system; null: built from data and rag.")
     top_k: int | None = setting(None, "Passages per question; null: rag.top_k.", unit="passages", ge=1)
@@ -254,9 +262,18 @@ class QueryConfig(Config):
 class QuickstartConfig(Config):
     """The whole round on the small world: score, LSR, RALT, score again, controls, three questions, save."""
 
-    rag: RAGConfig = group(RAGConfig(prompt="plain"), "the RAG system")
-    lsr: LSRConfig = group(LSRConfig(), "training of the retriever (its data and rag groups are not used)")
-    ralt: RALTConfig = group(RALTConfig(), "training of the generator (its data and rag groups are not used)")
+    rag: RAGConfig = group(RAGConfig(), "the RAG system")
+    lsr: LSRConfig = group(
+        LSRConfig(train=TrainConfig(max_steps=125, batch_size=16, learning_rate=2e-5)),
+        "training of the retriever (its data, rag, system and output_dir are not used)",
+    )
+    ralt: RALTConfig = group(
+        RALTConfig(
+            context="joined", add_gold=True, train=TrainConfig(max_steps=280, batch_size=8, learning_rate=3e-3)
+        ),
+        "training of the generator (its data, rag, system and output_dir are not used)",
+    )
+    n_train: int = setting(1000, "Training questions of both trainings.", unit="questions", ge=2)
     n_test: int = setting(300, "Held-out questions scored before and after.", unit="questions", ge=10)
     seed: int = setting(0, "Seed of both trainings and of the intervals.", unit="seed number", ge=0, lt=2**32)
     controls: bool = setting(True, "Also trains with a shuffled teacher and with random passages, for comparison.")

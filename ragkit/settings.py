@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import difflib
 import textwrap
-import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from ragkit.files import atomic_write_text
+from ragkit.setting_types import choices_of, expectation, parse_value
 
 C = TypeVar("C", bound="Config")
 
@@ -73,7 +73,9 @@ else:
 class Config(BaseModel, metaclass=_ConfigType):
     """Base of all settings classes: unknown keys are refused, assignments are checked, YAML goes in and out."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, coerce_numbers_to_str=True)
+    model_config = ConfigDict(
+        extra="forbid", validate_assignment=True, coerce_numbers_to_str=True, allow_inf_nan=False
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -211,38 +213,6 @@ def help_text(cls: type[Config], command: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def expectation(field: FieldInfo) -> str:
-    """What a field takes, in words: "a whole number, 1 or more, in questions"."""
-    parts = [_type_words(field.annotation), *_limit_words(field.metadata)]
-    unit = unit_of(field)
-    return ", ".join([*parts, f"in {unit}"] if unit else parts)
-
-
-def _limit_words(metadata: Sequence[Any]) -> list[str]:
-    """The range of a field in words."""
-    parts = []
-    for limit in metadata:
-        for name, words in (
-            ("ge", "{} or more"),
-            ("gt", "more than {}"),
-            ("le", "at most {}"),
-            ("lt", "less than {}"),
-        ):
-            if getattr(limit, name, None) is not None:
-                parts.append(words.format(getattr(limit, name)))
-        if getattr(limit, "min_length", None):
-            parts.append("not empty")
-        if getattr(limit, "pattern", None):
-            parts.append(f"of the form {limit.pattern}")
-    return parts
-
-
-def unit_of(field: FieldInfo) -> str | None:
-    """The unit given to `setting`, if any."""
-    extra = field.json_schema_extra
-    return str(extra["unit"]) if isinstance(extra, dict) and "unit" in extra else None
-
-
 def nearest_key(cls: type[Config], key: str) -> str | None:
     """The valid dotted key of `cls` that looks most like `key`; a right name in a wrong group counts as near."""
     name = key.rsplit(".", 1)[-1]
@@ -291,64 +261,18 @@ def _parse_override(cls: type[Config], override: str) -> dict[str, Any]:
         near = nearest_key(cls, key) if key else None
         example = f"{near or 'train.batch_size'}=..."
         raise ConfigError(f'"{override}" is not a setting; write key=value or --key=value, for example {example}')
-    value: Any = _parse_value(_annotation(cls, key), raw, key)
+    try:
+        value: Any = parse_value(_annotation(cls, key), raw)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{key}: {raw!r} is not valid YAML: {error}") from error
     for part in reversed(key.split(".")):
         value = {part: value}
-    return value
-
-
-def _parse_value(annotation: Any, raw: str, key: str) -> Any:
-    """Reads the text after `=`: YAML, but text stays text where the setting is a text ("Answer: briefly")."""
-    try:
-        value = yaml.safe_load(raw)
-    except yaml.YAMLError as error:
-        if not {str, list} & _kinds(annotation):
-            raise ConfigError(f"{key}: {raw!r} is not valid YAML: {error}") from error
-        value = raw
-    kinds = _kinds(annotation)
-    if str in kinds and value is not None and not isinstance(value, str):
-        return raw
-    if list in kinds and value is not None and not isinstance(value, list):
-        of_text = any(str in get_args(option) for option in _options(annotation))
-        return [raw if not isinstance(value, str) else value] if of_text else [part.strip() for part in raw.split(",")]
     return value
 
 
 def _annotation(cls: type[Config], key: str) -> Any:
     """The type of a dotted key; None if it is unknown (pydantic then reports it)."""
     return next((field.annotation for candidate, field, _ in walk(cls) if candidate == key), None)
-
-
-def _options(annotation: Any) -> tuple[Any, ...]:
-    """The members of a union, or the type itself."""
-    return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
-
-
-def _kinds(annotation: Any) -> set[Any]:
-    return {get_origin(option) or option for option in _options(annotation)}
-
-
-def _type_words(annotation: Any) -> str:
-    """A type in words a user knows."""
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
-    options = _options(annotation)
-    if len(options) > 1:
-        if set(options) == {int, float}:
-            return words[float]
-        return " or ".join(_type_words(option) for option in options)
-    if get_origin(annotation) is Literal:
-        return "one of " + ", ".join(str(choice) for choice in get_args(annotation))
-    if get_origin(annotation) is Annotated:
-        inner, *limits = get_args(annotation)
-        metadata = [rule for limit in limits for rule in getattr(limit, "metadata", [limit])]
-        return " of ".join([_type_words(inner), *_limit_words(metadata)])
-    if get_origin(annotation) is list:
-        return f"a list, each {_type_words(get_args(annotation)[0])}"
-    if get_origin(annotation) is dict:
-        return "a mapping of texts to texts"
-    if isinstance(annotation, type) and issubclass(annotation, Config):
-        return "a group of settings"
-    return words.get(annotation, str(annotation))
 
 
 def _default_of(cls: type[Config], key: str) -> Any:
@@ -381,12 +305,14 @@ def _readable(error: ValidationError, cls: type[Config]) -> ConfigError:
         value: Any = found["input"]
         if unknown:
             valid = "valid keys: " + ", ".join(name for name in fields if "." not in name)
-            problem = Problem(key, value, valid, nearest_key(cls, key), unknown=True)
-        elif found["type"] in ("value_error", "missing") or key not in fields:
+            for leaf, inner in _leaves(key, value):
+                problems[leaf] = Problem(leaf, inner, valid, nearest_key(cls, leaf), unknown=True)
+            continue
+        if found["type"] in ("value_error", "missing") or key not in fields:
             problem = Problem(key, value, found["msg"].removeprefix("Value error, "))
         else:
             item = [f" (item {part})" for part in parts[known:] if part.isdigit()]
-            near = difflib.get_close_matches(str(value), _choices(fields[key]), n=1)
+            near = difflib.get_close_matches(str(value), choices_of(fields[key]), n=1)
             hint = f'; did you mean "{near[0]}"?' if near else ""
             problem = Problem(key, value, expectation(fields[key]) + "".join(item[:1]) + hint)
         problems.setdefault(key, problem)
@@ -395,7 +321,10 @@ def _readable(error: ValidationError, cls: type[Config]) -> ConfigError:
     return ConfigError(head + "\n  ".join(lines), list(problems.values()))
 
 
-def _choices(field: FieldInfo) -> list[str]:
-    """The allowed texts of a field that takes one of a few."""
-    options = _options(field.annotation)
-    return [str(choice) for option in options if get_origin(option) is Literal for choice in get_args(option)]
+def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The settings inside an unknown group: the wrong name of a group is told from what was meant to be in it."""
+    if isinstance(value, dict) and value:
+        for name, inner in value.items():
+            yield from _leaves(f"{key}.{name}", inner)
+    else:
+        yield key, value
