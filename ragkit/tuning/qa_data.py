@@ -41,7 +41,7 @@ class QAExample:
     question: str
     answers: tuple[str, ...] = ()
     supporting: tuple[str, ...] = ()
-    metadata: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def answer(self) -> str:
@@ -179,10 +179,10 @@ def _read_path(source: str | Path, split: str | None) -> tuple[str, list[Any]]:
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     name = str(path) if str(source) != "small_world" else f"small_world ({path.stem})"
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8-sig")
     if path.suffix == ".jsonl":
         rows = []
-        for number, line in enumerate(text.splitlines(), start=1):
+        for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
                 rows.append(_json(line, f"{path}, line {number}"))
         return name, rows

@@ -1,0 +1,227 @@
+"""LM-supervised retrieval (LSR): the retriever learns which passages help the language model to answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from ragkit_kernels.lsr_loss import lsr_loss
+from torch import Tensor, nn
+
+from ragkit.config import ConfigError, LSRConfig
+from ragkit.engine import RunTrainer, TrainResult, run_training, training_arguments
+from ragkit.evaluation import EvaluationResult
+from ragkit.runs import Run
+from ragkit.tuning.teacher import LSRRow, Teacher, build_rows, content_key, load_rows, save_rows, shuffle_scores
+from ragkit.tuning.training import SystemTrainer, training_only
+
+
+class LSRModel(nn.Module):
+    """The trained encoders of a retriever with the LSR loss as their output, so that any trainer can drive them.
+
+    `state_dict()` holds the trained encoders only: so do the checkpoints.
+
+    Dropout stays off: the encoders remain in eval mode while they are trained. A loss between two distributions over
+    the same few passages is small, and dropout's noise in the scores (divided by a gamma of 0.05) would drown it.
+
+    Args:
+        retriever: A `TrainableRetriever`.
+        config: gamma, beta, direction and train_part are read.
+    """
+
+    def __init__(self, retriever: Any, config: LSRConfig) -> None:
+        super().__init__()
+        self.trained = nn.ModuleDict(retriever.trainable_modules(config.train_part))
+        self._retriever = [retriever]  # in a list: were it a module, all its encoders would be part of this one
+        self.settings = config  # not `config`: the Trainer takes that for a transformers configuration
+
+    def train(self, mode: bool = True) -> LSRModel:
+        super().train(mode)
+        self.trained.eval()
+        return self
+
+    def forward(
+        self, questions: Sequence[str], passage_ids: Sequence[Sequence[str]], lm_scores: Tensor, mask: Tensor
+    ) -> dict[str, Tensor]:
+        """Scores B questions against their K passages.
+
+        Args:
+            questions: B texts.
+            passage_ids: B lists of at most K ids.
+            lm_scores: [B, K] teacher scores in nats, anything where `mask` is False.
+            mask: [B, K] bool.
+
+        Returns:
+            {"loss": scalar, "scores": [B, K]}.
+        """
+        config = self.settings
+        scores = self._retriever[0].score(questions, passage_ids, part=config.train_part)  # [B, K]
+        lm_scores, mask = lm_scores.to(scores.device), mask.to(scores.device)
+        loss = lsr_loss(scores, lm_scores, config.gamma, config.beta, config.direction, mask)
+        return {"loss": loss, "scores": scores}
+
+
+def collate(rows: Sequence[LSRRow]) -> dict[str, Any]:
+    """A batch of rows as `LSRModel.forward` takes it, padded to the longest K, with the ids for error messages."""
+    width = max(len(row.passage_ids) for row in rows)
+    lm_scores = torch.zeros(len(rows), width)  # [B, K]
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)  # [B, K]
+    for number, row in enumerate(rows):
+        lm_scores[number, : len(row.lm_scores)] = torch.tensor(row.lm_scores)
+        mask[number, : len(row.lm_scores)] = True
+    return {
+        "ids": [row.id for row in rows],
+        "questions": [row.question for row in rows],
+        "passage_ids": [list(row.passage_ids) for row in rows],
+        "lm_scores": lm_scores,
+        "mask": mask,
+    }
+
+
+class LSRTrainer(SystemTrainer):
+    """Trains the retriever of a RAG system from its own language model.
+
+    For each training question q with response y, the K passages d that the *initial* retriever finds are scored once
+    by the (frozen) language model, each alone in the prompt: log p_LM(y | d, q). Then
+
+        minimise  KL( P_R(·|q) ‖ Q_LM(·|q,y) ),   P_R = softmax_d(s(q,d)/γ),   Q_LM = softmax_d(log p_LM(y|d,q)/β)
+
+    (REPLUG LSR, Shi et al. 2023, arXiv:2301.12652, section 4; RA-DIT, Lin et al. 2023, arXiv:2310.01352, section 2.3),
+    where s(q,d) is computed afresh in each step with gradient into the query encoder. With `train_part="query"` the
+    query encoder is first made a model of its own, the passages' embeddings stay valid and so does the index; with
+    "both" the passages are encoded with gradient too, and the index is refreshed at the end.
+
+    The encoders stay in eval mode (no dropout, see `LSRModel`); the generator requires no gradient meanwhile.
+
+    Args:
+        system: The RAG system; its retriever is trained in place.
+        train_data: Questions with responses, in any form that `load_qa` reads.
+        config: Settings; None: the defaults.
+        eval_data: Questions for `evaluate()`, and scored (recall) every `train.eval_steps`.
+        run: Folder to write to; None: a new one in `config.output_dir`.
+        teacher: "lm", or for controls "shuffled" (the LM's scores permuted within each question, seeded: whatever
+            still improves was not learnt from the LM), or a function (example, passages) -> one score per passage.
+        rows: Rows scored before (`other_trainer.rows()`), used instead of retrieving and scoring again; with
+            teacher="shuffled" their scores are permuted.
+
+    Example:
+        >>> trainer = LSRTrainer(system, [{"query": [...], "response": [...]}])  # doctest: +SKIP
+        >>> trainer.train().loss  # doctest: +SKIP
+    """
+
+    trains: ClassVar[Literal["retriever", "generator"]] = "retriever"
+
+    def __init__(
+        self,
+        system: Any,
+        train_data: Any,
+        config: LSRConfig | None = None,
+        eval_data: Any = None,
+        run: Run | None = None,
+        teacher: Teacher = "lm",
+        rows: Sequence[LSRRow] | None = None,
+    ) -> None:
+        config = config or LSRConfig()
+        super().__init__(system, train_data, config, eval_data, run)
+        if not callable(teacher) and teacher not in ("lm", "shuffled"):
+            raise ConfigError(f'teacher: found {teacher!r}, expected "lm", "shuffled" or a function')
+        if config.train.gradient_checkpointing:
+            raise ConfigError(
+                "train.gradient_checkpointing: the encoders stay in eval mode, where it has no effect; use a smaller "
+                "train.batch_size with train.gradient_accumulation_steps"
+            )
+        if not hasattr(system.retriever, "trainable_modules"):
+            raise ConfigError(f"{type(system.retriever).__name__} cannot be trained: it has no trainable_modules()")
+        self.teacher = teacher
+        self._rows = list(rows) if rows is not None else None
+        if self._rows is not None and teacher == "shuffled":
+            self._rows = shuffle_scores(self._rows, config.train.seed)
+
+    def rows(self) -> list[LSRRow]:
+        """The training rows: each question with the passages that were retrieved for it and the teacher's scores.
+
+        Made on the first call (retrieval and scoring), so call it before training, or let `train` make them.
+        """
+        if self._rows is None:
+            self._rows, self.left_out = build_rows(self.system, self.data, self.config, self.teacher)
+            self.report_left_out(len(self._rows))
+        return self._rows
+
+    def _rows_of(self, run: Run, resume: bool) -> list[LSRRow]:
+        """The rows to train on: those kept in the run's folder if it is resumed, else they are kept there now."""
+        key = content_key(self.data, self.config, self.teacher, self.system.generator)
+        kept = load_rows(run.dir, key) if resume else None
+        if kept is not None:
+            self._rows, self.left_out = kept
+        else:
+            save_rows(run.dir, key, self.rows(), self.left_out)
+        return self.rows()
+
+    def train(self, resume: bool = False) -> TrainResult:
+        """Trains the retriever in place.
+
+        Args:
+            resume: Go on with `run` (or with the run called `config.name`) from its last checkpoint; its candidates
+                and LM scores are read back, not computed again.
+
+        Returns:
+            Loss, history, steps and the run's folder.
+
+        Raises:
+            DataError: No usable question, or (resume) kept scores of other data.
+            NonFiniteLossError: The loss became NaN or infinite.
+        """
+        config, retriever = self.config, self.system.retriever
+        run = self.open_run(resume)
+        rows = self._rows_of(run, resume)
+        if config.train_part == "query":
+            retriever.separate_query_encoder()
+        model = LSRModel(retriever, config)
+        trained = trained_parameters(model, config.freeze_embeddings)
+        others = [*retriever.trainable_modules("both").values(), self.system.generator.model]
+        try:
+            with training_only(trained, [model, *others]):
+                trainer = RunTrainer(
+                    model,
+                    training_arguments(config.train, run, device=trained[0].device.type),
+                    run,
+                    evaluate_fn=self._retrieval_metrics if self.eval_data is not None else None,
+                    train_dataset=rows,
+                    data_collator=collate,
+                )
+                result = run_training(trainer, run, resume=resume)
+        finally:
+            if config.train_part == "both":
+                retriever.mark_stale()  # an interrupted training has moved the passage encoder too
+        if config.train_part == "both":
+            retriever.refresh()
+        return result
+
+    def _retrieval_metrics(self) -> dict[str, float]:
+        """What is logged every `train.eval_steps`."""
+        if self.config.train_part == "both":
+            self.system.retriever.mark_stale()
+            self.system.retriever.refresh()
+        return {name: value.mean for name, value in self.evaluate(bootstrap=100).metrics.items()}
+
+    def evaluate(self, examples: Any = None, **options: Any) -> EvaluationResult:
+        """Scores retrieval (recall, MRR, ...); `generate=True` scores the answers as well."""
+        return super().evaluate(examples, **{"generate": False, **options})
+
+
+def trained_parameters(model: LSRModel, freeze_embeddings: bool) -> list[nn.Parameter]:
+    """The parameters that LSR trains: the trained encoders' own, without the token embeddings if those are frozen.
+
+    Raises:
+        ConfigError: Nothing is left to train.
+    """
+    frozen: set[int] = set()
+    if freeze_embeddings:
+        for module in model.trained.modules():
+            if isinstance(module, nn.Embedding):  # of tokens, positions and segments
+                frozen |= {id(parameter) for parameter in module.parameters(recurse=False)}
+    trained = [p for p in model.parameters() if id(p) not in frozen and p.is_floating_point()]
+    if not trained:
+        raise ConfigError("freeze_embeddings: this retriever has nothing but embeddings to train; set it to false")
+    return trained
