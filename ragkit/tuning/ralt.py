@@ -209,8 +209,9 @@ class RALTTrainer(SystemTrainer):
                 # Takes mixed precision's wrapper off `forward`: inference keeps the model's own number format.
                 trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         finally:
-            if config.train.gradient_checkpointing:
-                model.gradient_checkpointing_disable()
+            if config.train.gradient_checkpointing:  # transformers >= 5.2x calls it activation checkpointing
+                new, old = "activation_checkpointing_disable", "gradient_checkpointing_disable"
+                getattr(generator.core, new if hasattr(generator.core, new) else old)()
             generator.core.config.use_cache = use_cache  # the Trainer turns it off
             model.eval()
         return result

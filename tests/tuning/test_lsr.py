@@ -104,6 +104,7 @@ def test_embeddings_train_if_asked(system, questions, config, weights):
     assert any("word_embeddings" in name and not torch.equal(after[name], before[name]) for name in before)
 
 
+@pytest.mark.slow
 def test_stop_and_resume_in_a_new_process_equals_the_unbroken_run(make_system, questions, config, same, tmp_path):
     unbroken = make_system()
     wanted = LSRTrainer(unbroken, questions, config(train={"max_steps": 6})).train()

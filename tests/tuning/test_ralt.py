@@ -1,0 +1,268 @@
+"""RALT on a tiny random Llama: what carries loss, which weights move, over-fitting, and exact resume."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+
+import pytest
+import torch
+
+from ragkit.config import ConfigError, RALTConfig
+from ragkit.runs import Run
+from ragkit.tuning.qa_data import DataError
+from ragkit.tuning.ralt import IGNORED, Collator, RALTTrainer
+
+
+@pytest.fixture
+def config(tmp_path):
+    def make(**changes):
+        train = {"batch_size": 4, "learning_rate": 5e-3, "max_steps": 4, "warmup_steps": 0, **changes.pop("train", {})}
+        return RALTConfig(**{"top_k": 2, "output_dir": str(tmp_path / "runs"), "train": train, **changes})
+
+    return make
+
+
+def losses(result):
+    return [event["loss"] for event in result.history if "loss" in event]
+
+
+def test_rows_are_the_prompts_of_inference(system, questions, config):
+    trainer = RALTTrainer(system, questions, config(context="joined"))
+    rows = trainer.rows()
+    assert len(rows) == len(questions)
+    for row, question in zip(rows, questions, strict=True):
+        found = system.retrieve(question["question"], 2)
+        assert [p.id for p in row.passages] == [p.id for p in found]
+        assert list(row.prompt_ids) == system.generator.encode_prompt("plain", question["question"], found)
+        assert row.response_ids[-1] == system.generator.eos_id
+        assert row.prompt.startswith("<s>Passage: ") and row.prompt.endswith("\nAnswer:")
+        assert row.response == f" {question['answer']}</s>"
+    assert "▶ Lima</s>" in repr(rows[0]) and "Question: What is the capital of Peru?" in repr(rows[0])
+
+
+def test_each_passage_makes_an_instance(system, questions, config):
+    rows = RALTTrainer(system, questions, config()).rows()
+    joined = RALTTrainer(system, questions, config(context="joined")).rows()
+    assert len(rows) == 2 * len(joined) and all(len(row.passages) == 1 for row in rows)
+    assert [row.passages[0] for row in rows] == [passage for row in joined for passage in row.passages]
+
+
+def test_labels_are_on_the_response_only_and_padding_is_on_the_right(system, questions, config):
+    rows = RALTTrainer(system, questions, config(context="joined")).rows()[:4]
+    batch = Collator(pad_id=0)(rows)
+    assert batch["ids"] == [row.id for row in rows]
+    for number, row in enumerate(rows):
+        length = len(row.prompt_ids) + len(row.response_ids)
+        labels, mask = batch["labels"][number], batch["attention_mask"][number]
+        assert labels[labels != IGNORED].tolist() == list(row.response_ids)
+        assert (labels != IGNORED).nonzero()[0].item() == len(row.prompt_ids)
+        assert mask.tolist() == [1] * length + [0] * (mask.numel() - length)
+        assert batch["input_ids"][number, :length].tolist() == list(row.prompt_ids + row.response_ids)
+
+
+def test_the_loss_is_the_mean_negative_logprob_of_the_response(system, questions, config):
+    generator = system.generator
+    rows = RALTTrainer(system, questions, config()).rows()[:5]
+    batch = {name: value for name, value in Collator(generator.pad_id)(rows).items() if name != "ids"}
+    with torch.no_grad():
+        loss = generator.model(**batch).loss.item()
+        by_hand = []
+        for row in rows:
+            ids = torch.tensor([row.prompt_ids + row.response_ids])
+            logp = generator.model(ids).logits[0].log_softmax(-1)  # [T, V]
+            for t in range(len(row.prompt_ids), ids.shape[1]):
+                by_hand.append(-logp[t - 1, ids[0, t]].item())
+    assert loss == pytest.approx(sum(by_hand) / len(by_hand), abs=1e-5)
+    scored = generator.sequence_logprob([list(r.prompt_ids) for r in rows], [list(r.response_ids) for r in rows])
+    assert -scored.sum().item() == pytest.approx(sum(by_hand), abs=1e-4)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_it_overfits_and_then_answers(system, questions, config, method):
+    settings = config(method=method, context="joined", train={"max_steps": 100, "learning_rate": 2e-2})
+    few = questions[:4]
+    result = RALTTrainer(system, few, settings).train()
+    assert losses(result)[-1] < 0.2 < 3 < losses(result)[0]
+    answers = system.batch_generate([q["question"] for q in few], [system.retrieve(q["question"], 2) for q in few])
+    assert answers == [q["answer"] for q in few]
+
+
+def test_lora_moves_the_adapter_only(system, questions, config, weights, same):
+    retriever = system.retriever.query_encoder.model
+    base, encoder = system.generator.model, weights(retriever)
+    before = weights(base)
+    seen = []
+    forward = base.forward
+
+    def watched(*args, **kwargs):
+        seen.append(any(parameter.requires_grad for parameter in retriever.parameters()))
+        return forward(*args, **kwargs)
+
+    base.forward = watched
+    trainer = RALTTrainer(system, questions, config())
+    result = trainer.train()
+    del base.forward
+
+    from peft import PeftModel
+
+    assert seen and not any(seen)  # the retriever is frozen by requires_grad while the generator trains
+    assert same(retriever, encoder) and all(parameter.requires_grad for parameter in retriever.parameters())
+    assert all(event["grad_norm"] > 0 for event in result.history if "loss" in event)
+    assert isinstance(system.generator.model, PeftModel) and not system.generator.model.training
+    state = weights(system.generator.core)
+    for name, tensor in before.items():
+        kept = state.get(name, state.get(f"{name.rpartition('.')[0]}.base_layer.{name.rpartition('.')[2]}"))
+        assert torch.equal(kept, tensor), name
+    adapters = {name: tensor for name, tensor in state.items() if "lora_B" in name}
+    assert len(adapters) == 14 and all(tensor.abs().max() > 0 for tensor in adapters.values())  # 7 layers x 2
+    assert not any("lm_head" in name for name in adapters)
+
+
+def test_full_moves_the_generator_only(system, questions, config, weights, same):
+    encoder, model = weights(system.retriever.query_encoder.model), system.generator.model
+    before = weights(model)
+    RALTTrainer(system, questions, config(method="full")).train()
+    assert system.generator.model is model and not model.training
+    assert same(system.retriever.query_encoder.model, encoder)
+    after = weights(model)
+    assert all(not torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_stop_and_resume_in_a_new_process_equals_the_unbroken_run(make_system, questions, config, same, method):
+    shared = {"method": method, "lora_dropout": 0.1 if method == "lora" else 0.0}
+    unbroken = make_system()
+    wanted = RALTTrainer(unbroken, questions, config(**shared, train={"max_steps": 6})).train()
+
+    settings = config(**shared, name="broken", train={"max_steps": 6})
+    first = RALTTrainer(make_system(), questions, settings)
+    model, calls = first.system.generator.model, []
+    forward = model.forward
+
+    def stop_in_the_third_step(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            first.run.request_stop()
+        return forward(*args, **kwargs)
+
+    model.forward = stop_in_the_third_step
+    half = first.train()
+    assert half.stopped and half.steps == 3
+    del model.forward
+    checkpoint = first.run.last_checkpoint()
+    shutil.copytree(first.run.dir, first.run.dir.with_name("copy"))
+
+    fresh = make_system()
+    for trainer in (
+        first,  # in the same process, where the adapter is there already
+        RALTTrainer(fresh, questions, settings, run=Run.open(first.run.dir.with_name("copy"))),
+    ):
+        result = trainer.train(resume=True)
+        assert losses(result) == losses(wanted) and result.steps == 6
+        assert same(trainer.system.generator.model, unbroken.generator.model.state_dict())
+    assert (checkpoint / "adapter_model.safetensors").exists() == (method == "lora")
+    assert (checkpoint / "model.safetensors").exists() == (method == "full")
+
+
+def test_an_adapter_that_is_there_is_trained_on(system, questions, config):
+    RALTTrainer(system, questions, config()).train()
+    model = system.generator.model
+    with torch.no_grad():
+        before = {name: p.clone() for name, p in model.named_parameters() if "lora_B" in name}
+    RALTTrainer(system, questions, config()).train()
+    assert system.generator.model is model
+    after = dict(model.named_parameters())
+    assert before and all(not torch.equal(after[name], tensor) for name, tensor in before.items())
+    with pytest.raises(ConfigError, match="the generator carries an adapter"):
+        RALTTrainer(system, questions, config(method="full")).train()
+
+
+def test_long_passages_are_cut_and_the_response_never(system, questions, config):
+    passages = [system.retriever.store.get(["Peru-capital"])[0]]
+    long = type(passages[0])("long", "Lima is the capital of Peru. " + "It is by the sea. " * 100, "")
+    system.retriever.add([long])
+    rows = RALTTrainer(system, questions, config(max_length=60, top_k=21)).rows()  # all passages for each question
+    rows = [row for row in rows if row.passages[0].id == "long"]
+    assert len(rows) == len(questions)
+    assert all(50 < len(row.prompt_ids) + len(row.response_ids) <= 60 for row in rows)
+    for row, question in zip(rows, questions, strict=True):
+        assert row.response == f" {question['answer']}</s>" and question["question"] in row.prompt
+    assert system.generator.max_prompt_tokens is None
+
+
+def test_a_response_that_does_not_fit_is_reported(system, questions, config, capsys):
+    data = [
+        *questions,
+        {"id": "essay", "question": "Why?", "answer": "because " * 300},
+        {"id": "mute", "question": "Who?", "answer": ""},
+    ]
+    trainer = RALTTrainer(system, data, config(context="joined"))
+    assert len(trainer.rows()) == 10
+    assert [identity for identity, _ in trainer.left_out] == ["mute", "essay"]
+    assert "2 of 12 questions cannot be trained on" in capsys.readouterr().out
+    with pytest.raises(DataError, match="1 of 1 questions cannot be trained on .*answer of"):
+        RALTTrainer(system, data[10:11], config()).rows()
+
+
+def test_random_passages_are_other_questions_passages(system, questions, config):
+    retrieved = RALTTrainer(system, questions, config(context="joined")).rows()
+    settings = config(context="joined")
+    rows = RALTTrainer(system, questions, settings, passages="random").rows()
+    for row, own, question in zip(rows, retrieved, questions, strict=True):
+        ids = {passage.id for passage in row.passages}
+        assert len(ids) == 2 and not ids & {p.id for p in own.passages} and not ids & set(question["supporting_facts"])
+    assert RALTTrainer(system, questions, settings, passages="random").rows() == rows
+    with pytest.raises(DataError, match="only 0 passages were retrieved for other questions"):
+        RALTTrainer(system, questions[:1], settings, passages="random").rows()
+    with pytest.raises(ConfigError, match="passages: found 'gold'"):
+        RALTTrainer(system, questions, passages="gold")
+
+
+def test_add_gold_puts_a_supporting_passage_in(system, questions, config):
+    missed = [{**question, "supporting_facts": ["Fiji-food"]} for question in questions[:5]]
+    rows = RALTTrainer(system, missed, config(context="joined", add_gold=True)).rows()
+    assert all("Fiji-food" in [passage.id for passage in row.passages] and len(row.passages) == 2 for row in rows)
+    found = RALTTrainer(system, questions, config(context="joined", add_gold=True)).rows()
+    assert found == RALTTrainer(system, questions, config(context="joined")).rows()  # retrieval had them all
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(make_system, questions, config):
+    plain, saving = make_system(), make_system()
+    wanted = RALTTrainer(plain, questions, config()).train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # "None of the inputs have requires_grad=True"
+        result = RALTTrainer(saving, questions, config(train={"gradient_checkpointing": True})).train()
+    assert losses(result) == pytest.approx(losses(wanted), rel=1e-4)
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in saving.generator.core.modules())
+    assert saving.generator.core.config.use_cache and plain.generator.core.config.use_cache
+
+
+def test_mixed_precision_ends_with_the_training(system, questions, config):
+    result = RALTTrainer(system, questions, config(train={"precision": "bf16"})).train()
+    assert all(torch.isfinite(torch.tensor(losses(result))))
+    with torch.no_grad():
+        logits = system.generator.core.lm_head(
+            system.generator.core.model(torch.tensor([[1, 5, 7]])).last_hidden_state
+        )
+        assert torch.equal(system.generator.model(torch.tensor([[1, 5, 7]])).logits, logits)
+    assert logits.dtype == torch.float32
+
+
+def test_evaluation_loss_and_scores(system, questions, config):
+    settings = config(train={"max_steps": 2, "eval_steps": 1})
+    trainer = RALTTrainer(system, questions, settings, eval_data=questions[:4])
+    result = trainer.train()
+    assert [event["step"] for event in result.history if "eval_loss" in event] == [1, 2]
+    metrics = trainer.evaluate().metrics
+    assert {"em", "f1"} <= metrics.keys()
+
+
+def test_wrong_lora_targets_are_named(system, questions, config):
+    with pytest.raises(ConfigError, match=r"no linear layer is called 'qproj' \(did you mean 'q_proj'\?\)"):
+        RALTTrainer(system, questions, config(lora_targets=["qproj"])).train()
+    RALTTrainer(system, questions, config(lora_targets=["q_proj"], train={"max_steps": 1})).train()
+    assert {
+        n.split(".lora_")[0].rsplit(".", 1)[-1] for n, _ in system.generator.model.named_parameters() if "lora_" in n
+    } == {"q_proj"}
