@@ -78,6 +78,7 @@ def test_the_loss_is_the_mean_negative_logprob_of_the_response(system, questions
     assert -scored.sum().item() == pytest.approx(sum(by_hand), abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_it_overfits_and_then_answers(system, questions, config, method):
     settings = config(method=method, context="joined", train={"max_steps": 100, "learning_rate": 2e-2})
