@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from ragkit.config import TrainConfig
-from ragkit.run_callback import RunCallback, ZeroGradientWarning
+from ragkit.run_callback import NothingLeftError, RunCallback, ZeroGradientWarning
 from ragkit.runs import Run, RunError, checkpoint_step
 from ragkit.tables import html_table
 from ragkit.trained_part import TrainedPart, freeze, trainable_parameters
@@ -80,7 +80,7 @@ class RunTrainer(Trainer):
         **kwargs: As for `transformers.Trainer` (train_dataset, data_collator, eval_dataset, callbacks ...).
 
     Raises:
-        ValueError: Every parameter of the model is frozen.
+        ValueError: Every parameter of the model is frozen, or evaluations are asked for without data.
     """
 
     def __init__(
@@ -96,6 +96,8 @@ class RunTrainer(Trainer):
             raise ValueError("there is nothing to train: every parameter of the model has requires_grad=False")
         if evaluate_fn is not None and kwargs.get("eval_dataset") is None:
             kwargs["eval_dataset"] = []  # the Trainer asks for a data set before it calls `evaluate`
+        if args.eval_strategy != "no" and kwargs.get("eval_dataset") is None:
+            raise ValueError(f"train.eval_steps: found {args.eval_steps:g}, but there is no evaluation data")
         if not _is_transformers_model(model):
             model = TrainedPart(model)
         self.loss_fn = loss_fn
@@ -164,7 +166,8 @@ class RunTrainer(Trainer):
         """The loss on the evaluation data (if there is any) and the values of `evaluate_fn`."""
         metrics: dict[str, float] = {}
         data: Any = self.eval_dataset if eval_dataset is None else eval_dataset
-        if data is not None and len(data):
+        has_data = data is not None and len(data) > 0
+        if has_data:
             metrics.update(super().evaluate(eval_dataset, ignore_keys, metric_key_prefix))
         if self.evaluate_fn is not None:
             model: Any = self.model
@@ -173,6 +176,8 @@ class RunTrainer(Trainer):
             model.train(was_training)
             self.log(dict(values))
             metrics.update(values)
+        if not has_data:  # what the Trainer does at the end of its own evaluation
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
 
@@ -313,7 +318,11 @@ def run_training(trainer: RunTrainer, run: Run | None = None, resume: bool = Fal
     # A fresh start draws the same random numbers whatever was computed since the trainer was made.
     set_seed(trainer.args.seed)
     begin = time.monotonic()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    except NothingLeftError:
+        trainer.is_in_train = False
+        logger.info("%s is at its last step already", run.dir)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
     return _result(trainer, run, time.monotonic() - begin)

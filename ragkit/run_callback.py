@@ -23,6 +23,10 @@ class ZeroGradientWarning(UserWarning):
     """The gradient of the trained part was exactly 0 for several steps: nothing is being learned."""
 
 
+class NothingLeftError(RuntimeError):
+    """The resumed run is at its last step; raised once the weights are loaded, caught by `run_training`."""
+
+
 class RunCallback(TrainerCallback):
     """Writes the events of a run, watches its stop flag and warns when nothing is being learned.
 
@@ -41,7 +45,9 @@ class RunCallback(TrainerCallback):
         self.stopped = False
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Sets the clock to where the run was."""
+        """Sets the clock to where the run was; a run at its end would be given one more step by the Trainer."""
+        if state.global_step >= state.max_steps:
+            raise NothingLeftError(f"{self.run.dir} is at step {state.global_step} of {state.max_steps} already")
         self._begin = time.monotonic()
         self._first_step = state.global_step
         self._elapsed_before = max((event.get("elapsed") or 0.0 for event in self.run.events()), default=0.0)
