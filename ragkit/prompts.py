@@ -63,7 +63,7 @@ class PromptTemplate:
                 of `{passages}` is left out: a prompt without sources.
         """
         blocks = [
-            _fill(self.passage, {"n": str(n), "title": getattr(passage, "title", ""), "text": _text(passage)})
+            _fill(self.passage, {"n": str(n), "title": _title(passage), "text": _text(passage)})
             for n, passage in enumerate(passages, start=1)
         ]
         text = self.text if blocks else self.text.replace("{passages}\n", "{passages}")
@@ -159,6 +159,10 @@ def _text(passage: Any) -> str:
     return passage if isinstance(passage, str) else passage.text
 
 
+def _title(passage: Any) -> str:
+    return "" if isinstance(passage, str) else getattr(passage, "title", "")  # a str has a method of that name
+
+
 class _Cut:
     """A passage whose text is cut to `length` characters, back to the end of a word."""
 
@@ -172,4 +176,4 @@ class _Cut:
                 head = head[:words_end]
             text = head.rstrip()
         self.text = text
-        self.title = getattr(passage, "title", "")
+        self.title = _title(passage)

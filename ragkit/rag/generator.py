@@ -322,7 +322,7 @@ class Generator:
         try:
             settings = json.loads(path.read_text(encoding="utf-8"))
             name, saved, adapted = (settings.pop(key) for key in ("model", "digests", "adapter"))
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: not a saved generator, or it was cut off ({error!r})") from error
         wanted = ["tokenizer"] + ["model"] * (name is None) + ["adapter"] * adapted
         for part in wanted:

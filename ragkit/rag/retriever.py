@@ -65,7 +65,7 @@ class DenseRetriever:
         passage_prompt: The same for passages.
         batch_size: Texts encoded at once, without gradient.
         device: `"auto"`, `"cpu"`, `"cuda"`, `"cuda:1"`, ...
-        max_tokens: Longer texts are cut to so many tokens; None is the encoder's own limit (256 for MiniLM).
+        max_tokens: Longer texts are cut to so many tokens; None is the encoder's own limit, and 160 for `"default"`.
         trust_remote_code: Runs code that a model on the hub brings. Only for models that you trust.
     """
 

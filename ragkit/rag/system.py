@@ -103,7 +103,7 @@ class RAGSystem:
         dense = live if live is not None else make_retriever(config)
         if not isinstance(dense.store, MemoryStore):
             _refuse_other_passages(dense.store, passages)
-        answering = generator if generator is not None and not isinstance(generator, str) else _make_generator(config)
+        answering = generator if generator is not None and not isinstance(generator, str) else make_generator(config)
         dense.index(passages)
         return cls(dense, answering, config)
 
@@ -219,7 +219,8 @@ def make_retriever(config: RAGConfig) -> DenseRetriever:
     )
 
 
-def _make_generator(config: RAGConfig) -> Generator:
+def make_generator(config: RAGConfig) -> Generator:
+    """The generator that the settings describe."""
     return Generator(
         model=config.generator,
         adapter=config.adapter,
