@@ -52,7 +52,8 @@ def card(training: dict[str, Any], seeds: list[dict[str, Any]]) -> str:
     return f"""# The tiny LM of the small world
 
 A Llama of {training["parameters"] / 1e6:.2f} million parameters (4 layers, 128 dimensions, byte-level BPE of 2,048
-tokens) that answers a question from short passages. It exists so that a RAG system can be tuned and measured offline on two CPU cores.
+tokens) that answers a question from short passages. It exists so that a RAG system can be tuned and measured offline
+on two CPU cores.
 
 **It is no general language model.** It was trained on made entities with random facts, told and asked with the same
 sentence and question templates as the small world. That template overlap is why it works there and nowhere else. No
