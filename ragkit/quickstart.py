@@ -287,7 +287,7 @@ class _Steps:
         *first, last = [*printed.getvalue().splitlines(), *lines]
         for line in first:
             self.out(f"        {line}")
-        self.out(f"        {last}  ({taken:.1f} s)")
+        self.out(f"        {last}" + (f"  ({taken:.1f} s)" if taken >= 1 else ""))
 
 
 def _line(result: EvaluationResult) -> str:

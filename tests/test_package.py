@@ -50,10 +50,13 @@ def test_public_names_resolve():
 ROOMS = [
     ["ragkit_kernels"],
     ["ragkit.optional", "ragkit.files", "ragkit.small_world"],
-    ["ragkit.config", "ragkit.settings", "ragkit.runs", "ragkit.engine", "ragkit.prompts", "ragkit.evaluation"],
+    ["ragkit.config", "ragkit.settings", "ragkit.setting_types"],
+    ["ragkit.runs", "ragkit.tables", "ragkit.threads"],
+    ["ragkit.processes", "ragkit.trained_part", "ragkit.run_callback", "ragkit.engine"],
+    ["ragkit.prompts", "ragkit.metrics", "ragkit.evaluation"],
     ["ragkit.rag"],
     ["ragkit.tuning"],
-    ["ragkit.commands", "ragkit.quickstart", "ragkit.__main__"],
+    ["ragkit.console", "ragkit.inputs", "ragkit.commands", "ragkit.quickstart", "ragkit.__main__"],
 ]
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ragkit.config import ConfigError, LSRConfig
 from ragkit.engine import RunTrainer, TrainResult, run_training, training_arguments
 from ragkit.evaluation import EvaluationResult
+from ragkit.processes import is_first
 from ragkit.runs import Run
 from ragkit.tuning.teacher import LSRRow, Teacher, build_rows, content_key, load_rows, save_rows, shuffle_scores
 from ragkit.tuning.training import SystemTrainer, training_only
@@ -155,7 +156,9 @@ class LSRTrainer(SystemTrainer):
         if kept is not None:
             self._rows, self.left_out = kept
         else:
-            save_rows(run.dir, key, self.rows(), self.left_out)
+            rows = self.rows()
+            if is_first():  # under torchrun every process has made them, one writes
+                save_rows(run.dir, key, rows, self.left_out)
         return self.rows()
 
     def train(self, resume: bool = False) -> TrainResult:
