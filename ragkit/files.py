@@ -12,6 +12,13 @@ from pathlib import Path
 from typing import Any
 
 
+def _as_others(path: str | Path, mode: int) -> None:
+    """Gives a temporary file or folder the rights that an ordinary one would have (tempfile makes them private)."""
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(path, mode & ~mask)
+
+
 def atomic_write_text(path: str | Path, text: str) -> Path:
     """Writes `text` (UTF-8) to `path` through a temporary file in the same folder and a rename."""
     path = Path(path)
@@ -22,6 +29,7 @@ def atomic_write_text(path: str | Path, text: str) -> Path:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
+        _as_others(temporary, 0o666)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -45,6 +53,7 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
     try:
         yield temporary
+        _as_others(temporary, 0o777)
         if path.exists():
             old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
             os.replace(path, old / "old")

@@ -112,8 +112,6 @@ def main() -> None:
             shutil.copyfile(folder / name, temporary / name)
         atomic_write_json(temporary / "training.json", training)
         atomic_write_text(temporary / "README.md", card(training, seeds))
-        for file in temporary.iterdir():
-            file.chmod(0o644)
     print(json.dumps(training, indent=1))
 
 
