@@ -12,7 +12,7 @@ import argparse
 import csv
 import datetime
 import platform
-import resource
+import re
 import subprocess
 import sys
 import time
@@ -22,7 +22,6 @@ from statistics import median
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from ragkit.rag.topk import top_k_rows
 
@@ -45,9 +44,11 @@ METHODS: dict[str, Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]] = {
 def make(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
     """Random unit vectors: queries [B, D] and rows [N, D]."""
     generator = torch.Generator().manual_seed(0)
-    queries = normalize(torch.randn(args.queries, args.dim, generator=generator), dim=1)
-    rows = normalize(torch.randn(args.rows, args.dim, generator=generator), dim=1)
-    return queries.to(args.device), rows.to(args.device)
+    both = torch.randn(args.queries + args.rows, args.dim, generator=generator)
+    for part in both.split(4096):  # in place and in parts: a copy would hide what the search itself needs
+        part /= part.norm(dim=1, keepdim=True)
+    queries, rows = both.to(args.device).split([args.queries, args.rows])
+    return queries, rows
 
 
 def milliseconds(method: str, queries: Tensor, rows: Tensor, k: int) -> float:
@@ -76,10 +77,17 @@ def resident_growth(method: str, args: argparse.Namespace) -> float:
     """Growth of the largest resident set over one call, in this process, after a small call has warmed up."""
     queries, rows = make(args)
     milliseconds(method, queries[:8], rows[:4096], args.k)
-    unit = 2**20 if platform.system() == "Darwin" else 2**10  # bytes there, KiB here
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = highest_resident_mib()
     milliseconds(method, queries, rows, args.k)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / unit
+    return highest_resident_mib() - before
+
+
+def highest_resident_mib() -> float:
+    """The largest resident set of this process so far (Linux only; nan elsewhere)."""
+    # getrusage would not do: its value outlives exec, so a child starts with what its parent used.
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return int(found[1]) / 2**10 if found else float("nan")
 
 
 def commit() -> str:
