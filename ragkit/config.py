@@ -222,6 +222,10 @@ class RALTConfig(Config):
         "each",
         "One instance for each passage (RA-DIT), or one instance that holds all of them, as inference sees them.",
     )
+    shuffle_passages: bool = setting(
+        False,
+        "Mixes the passages of a joined instance: the model then learns less to trust the order of the retriever.",
+    )
     add_gold: bool = setting(False, "Puts a supporting passage in where retrieval missed it (training only).")
     max_length: int | None = setting(
         None,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -231,7 +232,7 @@ def training_arguments(train: TrainConfig, run: Run, device: str = "auto", **ove
         "report_to": list(train.report_to) or "none",
         "use_cpu": use_cpu,
         "dataloader_pin_memory": not use_cpu,
-        "disable_tqdm": not (_in_notebook() or sys.stderr.isatty()),
+        "disable_tqdm": os.environ.get("TQDM_DISABLE") == "1" or not (_in_notebook() or sys.stderr.isatty()),
     }
     if train.gradient_checkpointing:
         values[recompute] = True

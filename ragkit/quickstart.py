@@ -249,6 +249,7 @@ def quickstart(config: QuickstartConfig | None = None, out: Out = print) -> Quic
             scores[RANDOM] = score_with_random_passages(system, test, config)
             say(f"{_line(scores[RANDOM])}  (must be near 0: it reads, it does not remember)")
 
+    scores = {label: scores[label] for label in (BEFORE, AFTER_LSR, AFTER, SHUFFLED, RANDOM) if label in scores}
     out(f"\n{score_table(scores)}\n")
     with steps("Ask three questions") as say:
         second_answers = system.batch_query([example.question for example in asked])

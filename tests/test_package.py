@@ -53,7 +53,7 @@ ROOMS = [
     ["ragkit.config", "ragkit.settings", "ragkit.setting_types"],
     ["ragkit.runs", "ragkit.tables", "ragkit.threads"],
     ["ragkit.processes", "ragkit.trained_part", "ragkit.run_callback", "ragkit.engine"],
-    ["ragkit.prompts", "ragkit.metrics", "ragkit.evaluation"],
+    ["ragkit.prompts", "ragkit.metrics", "ragkit.evaluation", "ragkit.plots"],
     ["ragkit.rag"],
     ["ragkit.tuning"],
     ["ragkit.console", "ragkit.inputs", "ragkit.commands", "ragkit.quickstart", "ragkit.__main__"],

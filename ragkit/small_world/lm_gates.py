@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ragkit.small_world.lm_rows import PAD, prompt_text
 from ragkit.small_world.world import World, make_world, read_facts
@@ -23,7 +23,7 @@ Item = tuple[list[str], str, str]  # passages, question, answer
 
 @torch.no_grad()
 def read(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, items: list[Item], batch: int = 32
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: list[Item], batch: int = 32
 ) -> tuple[list[bool], list[float]]:
     """For each item: is the greedy answer exact, and the log-prob of the answer and its end (nats, summed).
 
@@ -67,7 +67,7 @@ def _same_answer(world: World, row: dict[str, Any]) -> list[str]:
 
 
 def measure(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, world: World, n: int = 300, seed: int = 8
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: World, n: int = 300, seed: int = 8
 ) -> dict[str, float]:
     """The gates and some numbers beside them, on `n` one-hop questions about test and training entities.
 

@@ -84,7 +84,8 @@ class RALTTrainer(SystemTrainer):
 
     (RA-DIT's LM fine-tuning, Lin et al. 2023, arXiv:2310.01352, section 2.2). With context="each" every passage makes
     an instance of its own, as in the paper (also those that do not hold the answer: the model learns not to be led
-    astray); with "joined" one instance holds all of them, as inference does. The prompt is that of inference
+    astray); with "joined" one instance holds all of them, as inference does. Best first, as
+    retrieved, the model also learns how far to trust that order; `shuffle_passages` takes this from it. The prompt is that of inference
     (`system.template`); where it is too long the passages are cut, never the question or the response.
 
     Retrieval and tokenisation happen once. The retriever requires no gradient meanwhile. Afterwards
@@ -140,12 +141,21 @@ class RALTTrainer(SystemTrainer):
         rows = []
         for example, passages in zip(examples, found, strict=True):
             response = generator.encode_response(example.answer, eos=True, template=self.system.template)
-            contexts = [[passage] for passage in passages] if config.context == "each" else [passages]
+            contexts = (
+                [[passage] for passage in passages] if config.context == "each" else [self._mixed(example, passages)]
+            )
             try:
                 rows += [self._row(example, context, response) for context in contexts]
             except PromptError as error:  # the response leaves no room even for a prompt with empty passages
                 left_out.append((example.id, f"answer of {len(response)} tokens: {error}"))
         return rows, left_out
+
+    def _mixed(self, example: QAExample, passages: Sequence[Any]) -> list[Any]:
+        """The passages of a joined instance as retrieved, or with `shuffle_passages` in a seeded random order."""
+        passages = list(passages)
+        if self.config.shuffle_passages:
+            random.Random(f"order:{self.config.train.seed}:{example.id}").shuffle(passages)
+        return passages
 
     def _row(self, example: QAExample, passages: Sequence[Any], response: Sequence[int]) -> RALTRow:
         generator = self.system.generator

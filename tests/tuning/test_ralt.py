@@ -267,3 +267,11 @@ def test_wrong_lora_targets_are_named(system, questions, config):
     assert {
         n.split(".lora_")[0].rsplit(".", 1)[-1] for n, _ in system.generator.model.named_parameters() if "lora_" in n
     } == {"q_proj"}
+
+
+def test_joined_passages_are_mixed_once_and_for_all_on_request(system, questions, config):
+    ranked = RALTTrainer(system, questions, config(context="joined")).rows()
+    mixed = RALTTrainer(system, questions, config(context="joined", shuffle_passages=True)).rows()
+    assert [set(p.id for p in row.passages) for row in mixed] == [set(p.id for p in row.passages) for row in ranked]
+    assert 0 < sum(a.passages != b.passages for a, b in zip(mixed, ranked, strict=True)) < len(ranked)
+    assert mixed == RALTTrainer(system, questions, config(context="joined", shuffle_passages=True)).rows()
