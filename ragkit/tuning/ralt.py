@@ -84,8 +84,8 @@ class RALTTrainer(SystemTrainer):
 
     (RA-DIT's LM fine-tuning, Lin et al. 2023, arXiv:2310.01352, section 2.2). With context="each" every passage makes
     an instance of its own, as in the paper (also those that do not hold the answer: the model learns not to be led
-    astray); with "joined" one instance holds all of them, as inference does. Best first, as
-    retrieved, the model also learns how far to trust that order; `shuffle_passages` takes this from it. The prompt is that of inference
+    astray); with "joined" one instance holds all of them, as inference does. Best first, as retrieved, the model also
+    learns how far to trust that order; `shuffle_passages` takes this from it. The prompt is that of inference
     (`system.template`); where it is too long the passages are cut, never the question or the response.
 
     Retrieval and tokenisation happen once. The retriever requires no gradient meanwhile. Afterwards
