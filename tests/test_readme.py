@@ -1,0 +1,71 @@
+"""What the README says can be done."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ragkit.commands import COMMANDS
+from ragkit.config import load_config
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_two_commands_end_as_they_should():
+    lines = re.findall(r"```bash\n(python3 -m venv .*)\n```", README)
+    assert [line.split(" && ")[-1] for line in lines] == [
+        ".venv/bin/python -m ragkit quickstart",
+        ".venv/bin/python -m pytest",
+    ]
+
+
+def test_linked_files_exist():
+    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
+    assert links and not [link for link in links if not (ROOT / link).exists()]
+
+
+def test_settings_in_the_shell_examples_are_valid():
+    examples = re.findall(r"^python -m ragkit (\w+) +(.*)$", README, flags=re.MULTILINE)
+    assert {name for name, _ in examples} >= {"lsr", "ralt", "evaluate", "query"}
+    for name, rest in examples:
+        load_config(COMMANDS[name][0], None, re.findall(r"""[\w.]+=(?:"[^"]*"|\S+)""", rest))
+
+
+@pytest.mark.slow
+def test_own_data_in_ten_lines(tmp_path):
+    """The README's example as it stands, on a corpus of a few rows."""
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if "my_corpus" in block]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 11
+    towns = {
+        "Peru": "Lima",
+        "Norway": "Oslo",
+        "Japan": "Tokyo",
+        "Kenya": "Nairobi",
+        "Ghana": "Accra",
+        "Cuba": "Havana",
+    }
+    passages = [{"id": c, "title": c, "text": f"{t} is the capital of {c}."} for c, t in towns.items()]
+    rows = [
+        {"question": f"What is the capital of {c}?", "answer": t, "supporting_facts": [c]} for c, t in towns.items()
+    ]
+    for name, lines in (("my_corpus", passages), ("train", rows[:4]), ("test", rows[4:])):
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "recall@1" in done.stdout and "em" in done.stdout
+    assert (tmp_path / "my_system").is_dir()
