@@ -66,8 +66,8 @@ def test_rows_fit_and_answers_end():
     rng = random.Random(0)
     for stage in (0.0, 0.1, 0.35, 0.9):
         for _ in range(20):
-            ids, weights = row(rng, lambda text: [3] * len(text.split()), 128, stage, VOCABULARY)
-            assert len(ids) == len(weights) <= 128
+            ids, weights = row(rng, lambda text: [3] * len(text.split()), 256, stage, VOCABULARY)
+            assert len(ids) == len(weights) <= 256
             assert ids[0] == BOS and any(weights)
 
 
