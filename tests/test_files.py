@@ -33,6 +33,24 @@ def test_a_failed_folder_leaves_the_old_one_and_nothing_else(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["system"]
 
 
+def test_the_old_folder_comes_back_if_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+    folder = tmp_path / "system"
+    with atomic_dir(folder) as new:
+        (new / "a").write_text("1", encoding="utf-8")
+    replace = os.replace
+
+    def failing(source, target):
+        if str(source).endswith(".tmp") and target == folder:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(KeyboardInterrupt), atomic_dir(folder) as new:
+        (new / "a").write_text("2", encoding="utf-8")
+    assert (folder / "a").read_text(encoding="utf-8") == "1"
+    assert [p.name for p in tmp_path.iterdir()] == ["system"]
+
+
 @pytest.mark.skipif(os.name == "nt", reason="POSIX rights")
 def test_rights_are_those_of_ordinary_files(tmp_path):
     (tmp_path / "plain").mkdir()

@@ -72,7 +72,7 @@ Several `Passage:` lines may stand above the question. Where no passage tells, i
 ## Scores
 
 On {training["gate_questions"]} one-hop questions about the shipped real facts, unseen in training; beside it the
-validation world of made entities, on which the seed was chosen.
+validation world of made entities{", on which the seed was chosen" if len(seeds) > 1 else ""}.
 
 | what | real facts | gate | validation |
 |---|---|---|---|
