@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import os
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -104,3 +106,23 @@ def test_arrows_point_one_way():
 
 def test_every_module_belongs_to_a_room():
     assert [n for n, _ in modules() if n != "ragkit" and room(n) is None] == []
+
+
+@pytest.mark.slow
+def test_a_wheel_holds_the_shipped_data_and_both_packages(tmp_path):
+    """An editable install finds its data in the checkout; a wheel must bring it."""
+    source = tmp_path / "source"
+    for name in ("ragkit", "kernels"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("ragkit-*.whl")
+    held = set(zipfile.ZipFile(wheel).namelist())
+    tracked = [p.relative_to(ROOT) for p in (ROOT / "ragkit").rglob("*") if p.is_file()]
+    tracked += [
+        p.relative_to(ROOT / "kernels") for p in (ROOT / "kernels" / "ragkit_kernels").rglob("*") if p.is_file()
+    ]
+    assert {p.as_posix() for p in tracked if p.suffix != ".pyc"} <= held
