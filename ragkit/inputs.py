@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ragkit.config import DataConfig, EvaluateConfig
+from ragkit.config import DataConfig, EvaluateConfig, RAGConfig
 from ragkit.console import Out
 
 if TYPE_CHECKING:
@@ -71,14 +71,36 @@ def _has_split(folder: str | None, split: str) -> bool:
 
 
 def open_system(config: Any, out: Out) -> RAGSystem:
-    """The saved system that `config.system` names, or a new one from `config.data` and `config.rag`."""
+    """The saved system that `config.system` names, or a new one from `config.data` and `config.rag`.
+
+    A saved system brings its own settings; `rag.device` and `rag.top_k` take their place where they are given.
+
+    Raises:
+        CommandError: There is no such folder, or another `rag` setting was given that differs from the saved one and
+            so would have no effect.
+    """
     from ragkit.rag.system import RAGSystem
 
     if config.system is not None:
         if not Path(config.system).is_dir():
             raise CommandError(f'system: there is no folder "{config.system}"')
         out(f"loading the system {config.system}")
-        return RAGSystem.load(config.system)
+        given = config.rag.explicit()
+        device, top_k = given.pop("device", None), given.pop("top_k", None)
+        path = Path(config.system) / "config.yaml"
+        if path.is_file():  # else the load says what is missing
+            saved = RAGConfig.from_yaml(path)
+            lost = [name for name, value in given.items() if value != getattr(saved, name)]
+            if lost:
+                raise CommandError(
+                    f"{', '.join(f'rag.{name}' for name in lost)}: no effect with system={config.system}, which was "
+                    f"saved with rag.{lost[0]}={getattr(saved, lost[0])!r}; leave out what differs (only rag.device "
+                    "and rag.top_k can be changed), or build a new system without system="
+                )
+        system = RAGSystem.load(config.system, device=device)
+        if top_k is not None:
+            system.config.top_k = top_k
+        return system
     out(f"building the system on {config.data.corpus}")
     return RAGSystem.from_documents(config.data.corpus, config.rag)
 
@@ -95,12 +117,16 @@ class Retrieval:
 
 
 def open_retrieval(config: EvaluateConfig, out: Out) -> Retrieval:
-    """The retriever of `config.data` and `config.rag`, with its index."""
+    """The retriever of `config.data` and `config.rag`, with its index.
+
+    Raises:
+        StoreError: A Qdrant collection holds other passages already.
+    """
     from ragkit.rag.corpus import load_corpus
-    from ragkit.rag.system import make_retriever
+    from ragkit.rag.system import index_corpus, make_retriever
 
     out(f"indexing {config.data.corpus}")
     passages = load_corpus(config.data.corpus)
     retriever = make_retriever(config.rag)
-    retriever.index(passages)
+    index_corpus(retriever, passages)
     return Retrieval(retriever)

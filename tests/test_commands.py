@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -11,11 +12,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from ragkit import commands, console
 from ragkit.commands import BAD_INPUT, COMMANDS, DONE, INTERRUPTED, main
 from ragkit.config import DataConfig, EvaluateConfig, LSRConfig, RALTConfig
-from ragkit.inputs import CommandError, load_questions
+from ragkit.inputs import CommandError, load_questions, open_retrieval
+from ragkit.rag.corpus import Passage
+from ragkit.rag.store import StoreError
 from ragkit.runs import Run
 from ragkit.settings import walk
 
@@ -215,6 +219,24 @@ def test_step_lines_are_few_and_end_with_the_last_step():
 
 
 # ---- real runs ----
+
+
+def test_scoring_retrieval_leaves_a_collection_of_other_passages_alone(own):
+    from ragkit.rag.qdrant import QdrantStore
+
+    other = Passage("mine", "Only here.")
+    store = QdrantStore(path=own / "q")
+    store.add([other], torch.ones(1, 384))
+    store.close()
+    rag = {"store": "qdrant", "qdrant_path": "q", "device": "cpu"}
+    config = EvaluateConfig(data={"corpus": "corpus.jsonl"}, rag=rag)
+    with pytest.raises(StoreError, match="holds other passages already, for example 'mine'") as caught:
+        open_retrieval(config, print)
+    del caught
+    gc.collect()  # lets go of the folder
+    store = QdrantStore(path=own / "q")
+    assert list(store.passages()) == [other]
+    store.close()
 
 
 @pytest.mark.slow

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ragkit.config import RAGConfig
 from ragkit.files import atomic_dir
 from ragkit.prompts import get_template
@@ -101,10 +104,8 @@ class RAGSystem:
         passages = load_corpus(corpus)  # before any model is loaded: it is what fails most often
         live = retriever if retriever is not None and not isinstance(retriever, str) else None
         dense = live if live is not None else make_retriever(config)
-        if not isinstance(dense.store, MemoryStore):
-            _refuse_other_passages(dense.store, passages)
         answering = generator if generator is not None and not isinstance(generator, str) else make_generator(config)
-        dense.index(passages)
+        index_corpus(dense, passages)
         return cls(dense, answering, config)
 
     def __repr__(self) -> str:
@@ -219,6 +220,30 @@ def make_retriever(config: RAGConfig) -> DenseRetriever:
     )
 
 
+def index_corpus(retriever: DenseRetriever, passages: Sequence[Passage]) -> None:
+    """Fills the store of a retriever anew, but only where nothing is lost.
+
+    Args:
+        retriever: Its store is cleared. One that outlives the process must be empty, or hold nothing but passages
+            that are in `passages` with the same title and text.
+        passages: What the store holds afterwards.
+
+    Raises:
+        StoreError: The store holds other passages; it is left as it is.
+    """
+    store = retriever.store
+    if not isinstance(store, MemoryStore):
+        # By text too: the passages of a list of texts are numbered, so that any two such corpora share their ids.
+        new = {passage.id: passage.full_text for passage in passages}
+        other = next((passage.id for passage in store.passages() if new.get(passage.id) != passage.full_text), None)
+        if other is not None:
+            raise StoreError(
+                f"{store!r} holds other passages already, for example {other!r}"
+                f"{' with another text' if other in new else ''}; choose another collection, or clear() the store first"
+            )
+    retriever.index(passages)
+
+
 def make_generator(config: RAGConfig) -> Generator:
     """The generator that the settings describe."""
     return Generator(
@@ -239,30 +264,40 @@ def _open_qdrant(config: RAGConfig) -> QdrantStore:
     return QdrantStore(path=config.qdrant_path, url=config.qdrant_url, collection=config.collection)
 
 
-def _refuse_other_passages(store: KnowledgeStore, passages: Sequence[Passage]) -> None:
-    """A persistent store is filled anew only where nothing is lost: it is empty, or holds these passages already."""
-    new = {passage.id for passage in passages}
-    other = next((passage.id for passage in store.passages() if passage.id not in new), None)
-    if other is not None:
-        raise StoreError(
-            f"{store!r} holds other passages already, for example {other!r}; choose another collection, "
-            "or clear() the store first"
-        )
-
-
 def _reopen_qdrant(config: RAGConfig, saved: Path) -> QdrantStore:
     store = _open_qdrant(config)
     passages, matrix = read_store(saved)
     if not len(store):
         if passages:
             store.add(passages, matrix)
-    elif [passage.id for passage in store.passages()] != [passage.id for passage in passages]:
+        return store
+    difference = _difference(store, passages, matrix)
+    if difference is not None:
         store.close()
         raise StoreError(
-            f"{store!r} no longer holds the passages of the saved system; choose another collection in its "
-            "config.yaml, or load with store=MemoryStore.load(...)"
+            f"{store!r} no longer holds the passages of the saved system: {difference}; choose another collection in "
+            "its config.yaml, or load with store=MemoryStore.load(...)"
         )
     return store
+
+
+def _difference(store: KnowledgeStore, passages: Sequence[Passage], matrix: Tensor) -> str | None:
+    """How a store differs from what was saved, in words; None if it holds the same."""
+    present = list(store.passages())
+    ids = [passage.id for passage in passages]
+    if [passage.id for passage in present] != ids:
+        return f"its ids are others, or in another order ({len(present)} passages, {len(ids)} were saved)"
+    for found, saved in zip(present, passages, strict=True):
+        if found.full_text != saved.full_text:
+            return f"the passage {saved.id!r} has another text"
+    if store.dim != matrix.shape[1]:
+        return f"its vectors have size {store.dim}, those saved {matrix.shape[1]}"
+    # Another system may have been trained and indexed in this collection since. Vectors that were only rounded on
+    # their way through the database are the same.
+    other = (~torch.isclose(store.embeddings(ids), matrix, atol=1e-3).all(dim=1)).nonzero()
+    if len(other):
+        return f"the vector of the passage {ids[int(other[0])]!r} is another, from an encoder with other weights"
+    return None
 
 
 def _short(text: str, length: int = 100) -> str:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from ragkit.config import RAGConfig
 from ragkit.rag import Answer, CorpusError, DenseRetriever, Generator, RAGSystem, RetrievedPassage, StoreError
+from ragkit.rag.corpus import Passage, load_corpus
+from ragkit.rag.qdrant import QdrantStore
 from ragkit.rag.store import MemoryStore
+from ragkit.rag.system import index_corpus
 from ragkit.settings import ConfigError
 
 CORPUS = {
@@ -178,6 +182,25 @@ def test_qdrant_is_reused_only_where_nothing_is_lost(minilm, generator, tmp_path
         RAGSystem.from_documents({"Rome": "Rome is in Italy."}, generator=generator, **options)
 
 
+def test_indexing_a_corpus_never_empties_a_collection_of_another(minilm, tmp_path):
+    store = QdrantStore(path=tmp_path / "q")
+    retriever = DenseRetriever(minilm, store=store)
+    first = load_corpus(["Lima is in Peru.", "Paris is in France."])  # a list of texts: the ids are row numbers
+    index_corpus(retriever, first)
+    index_corpus(retriever, first)
+    for other, message in (
+        (["Rome is in Italy."] * 2, "'0' with another text;"),
+        (CORPUS, "'0';"),
+        (["Lima"], "'0' "),
+    ):
+        with pytest.raises(StoreError, match=f"holds other passages already, for example {message}"):
+            index_corpus(retriever, load_corpus(other))
+        assert list(store.passages()) == first
+    index_corpus(retriever, [*first, Passage("nile", "The Nile.")])  # nothing is lost where it only grows
+    assert len(store) == 3
+    store.close()
+
+
 def test_a_qdrant_system_loads_with_its_collection_or_without(minilm, generator, tmp_path):
     options = {"store": "qdrant", "qdrant_path": str(tmp_path / "q"), "device": "cpu", "prompt": "plain"}
     system = RAGSystem.from_documents(CORPUS, generator=generator, **options)
@@ -189,7 +212,7 @@ def test_a_qdrant_system_loads_with_its_collection_or_without(minilm, generator,
     same(loaded.batch_query(QUESTIONS), expected)
     loaded.retriever.store.delete(["Nile"])
     loaded.retriever.store.close()
-    with pytest.raises(StoreError, match="no longer holds the passages of the saved system"):
+    with pytest.raises(StoreError, match="no longer holds the passages of the saved system: its ids are others"):
         RAGSystem.load(tmp_path / "rag")
     store = MemoryStore.load(tmp_path / "rag" / "retriever" / "store")
     same(RAGSystem.load(tmp_path / "rag", store=store).batch_query(QUESTIONS), expected)
@@ -197,6 +220,31 @@ def test_a_qdrant_system_loads_with_its_collection_or_without(minilm, generator,
     loaded = RAGSystem.load(tmp_path / "rag")  # the collection is gone: filled from the folder
     same(loaded.batch_query(QUESTIONS), expected)
     loaded.retriever.store.close()
+
+
+def test_a_collection_with_other_texts_or_vectors_is_refused(minilm, generator, tmp_path):
+    options = {"store": "qdrant", "qdrant_path": str(tmp_path / "q"), "device": "cpu", "prompt": "plain"}
+    system = RAGSystem.from_documents(CORPUS, generator=generator, **options)
+    system.save(tmp_path / "rag")
+    store, passage = system.retriever.store, Passage("Nile", CORPUS["Nile"], "Nile")
+    vector = store.embeddings(["Nile"])
+
+    def changed(passage, vector):
+        store = QdrantStore(path=tmp_path / "q")
+        store.update([passage], vector)
+        store.close()
+
+    store.close()
+    changed(Passage("Nile", "The Nile is long.", "Nile"), vector)
+    with pytest.raises(StoreError, match="of the saved system: the passage 'Nile' has another text"):
+        RAGSystem.load(tmp_path / "rag")
+    changed(passage, vector + 0.01 * torch.randn(vector.shape, generator=torch.Generator().manual_seed(0)))
+    with pytest.raises(
+        StoreError, match="the vector of the passage 'Nile' is another"
+    ):  # as training "both" leaves it
+        RAGSystem.load(tmp_path / "rag")
+    changed(passage, vector)
+    RAGSystem.load(tmp_path / "rag").retriever.store.close()
 
 
 def test_the_saved_settings_are_readable(system, tmp_path):
