@@ -11,7 +11,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ragkit.rag.loading import can_keep_name, digests, evaluating, quiet, resolve_device, resolve_encoder
+from ragkit.rag.loading import (
+    can_keep_name,
+    digests,
+    digests_if_named,
+    evaluating,
+    quiet,
+    resolve_device,
+    resolve_encoder,
+)
 
 # The names under which models on the hub keep the prompts of each side, as in sentence-transformers' encode_query and
 # encode_document.
@@ -31,7 +39,8 @@ class Encoder:
         trust_remote_code: Runs code that a model on the hub brings.
 
     Raises:
-        ValueError: The model cannot be loaded; the message says from where.
+        ValueError: The model cannot be loaded (the message says from where), or `max_tokens` is more than it has
+            positions for.
     """
 
     def __init__(
@@ -59,13 +68,19 @@ class Encoder:
                     )
             except (OSError, ValueError) as error:
                 raise ValueError(f"no text encoder could be loaded from {self.source!r}: {error}") from error
-            self._loaded = digests(model)
+            self._loaded = digests_if_named(self.source, model)
         elif not isinstance(model, SentenceTransformer):
             raise TypeError(f"expected a name, a folder or a SentenceTransformer, found {type(model).__name__}")
         self.model = model if device in (None, "auto") else model.to(device)
         if max_tokens is None and self.source == "default":
             max_tokens = DEFAULT_MAX_TOKENS
         if max_tokens is not None:
+            limit = self.max_positions
+            if limit is not None and max_tokens > limit:
+                raise ValueError(
+                    f"max_tokens (in the settings rag.max_passage_tokens) is {max_tokens}, but the encoder "
+                    f"{self.name!r} has positions for {limit} tokens at most"
+                )
             self.model.max_seq_length = max_tokens
 
     @property
@@ -78,6 +93,17 @@ class Encoder:
         """Size of an embedding; None if the model does not say."""
         get = getattr(self.model, "get_embedding_dimension", None) or self.model.get_sentence_embedding_dimension
         return get()
+
+    @property
+    def max_positions(self) -> int | None:
+        """Most tokens of a text that the model has positions for; None if it does not say."""
+        for module in self.model.modules():
+            limit = getattr(getattr(module, "config", None), "max_position_embeddings", None)
+            if isinstance(limit, int) and limit > 0:
+                tables = (part for name, part in module.named_modules() if name.endswith("position_embeddings"))
+                padding = next((p for table in tables if (p := getattr(table, "padding_idx", None)) is not None), None)
+                return limit if padding is None else limit - padding - 1  # RoBERTa and MPNet count from there on
+        return None
 
     @property
     def device(self) -> torch.device:
@@ -133,7 +159,7 @@ class Encoder:
 
     def save(self, directory: Path) -> dict[str, Any]:
         """Writes the weights, unless the model's name says them; returns what `load` needs to know."""
-        if can_keep_name(self.source, self._loaded, self.model):
+        if can_keep_name(self._loaded, self.model):
             return {"name": self.source, "digests": sorted(digests(self.model).elements())}
         with quiet():
             self.model.save(str(directory), create_model_card=False)

@@ -17,6 +17,7 @@ from ragkit.prompts import PromptTemplate, fit, get_template
 from ragkit.rag.loading import (
     can_keep_name,
     digests,
+    digests_if_named,
     evaluating,
     load_causal_lm,
     quiet,
@@ -74,7 +75,7 @@ class Generator:
         if isinstance(model, (str, Path)):
             self.source = str(model)
             model, own_tokenizer = load_causal_lm(self.source, dtype, trust_remote_code, tokenizer is None)
-            self._loaded = digests(model)
+            self._loaded = digests_if_named(self.source, model)
             model = model.to(resolve_device(device))
             tokenizer = own_tokenizer if tokenizer is None else tokenizer
         elif device not in (None, "auto"):
@@ -285,7 +286,7 @@ class Generator:
         model under it by the same rule, so that a LoRA on a large model from the hub stays small.
         """
         with atomic_dir(directory) as folder, quiet():
-            keep = can_keep_name(self.source, self._loaded, self.model)
+            keep = can_keep_name(self._loaded, self.model)
             adapted = hasattr(self.model, "peft_config")
             if adapted:
                 self.model.save_pretrained(str(folder / "adapter"))
@@ -336,9 +337,8 @@ class Generator:
             trust_remote_code=trust_remote_code,
             **settings,
         )
-        if name is not None:
-            if sorted((generator._loaded or Counter()).elements()) != saved:
-                raise ValueError(f"the model {name!r} is not the one that was saved: its weights have changed since")
+        if name is not None and Counter(saved) - digests(generator.core):
+            raise ValueError(f"the model {name!r} is not the one that was saved: its weights have changed since")
         return generator
 
 

@@ -88,15 +88,22 @@ def digests(module: nn.Module) -> Counter[str]:
     return found
 
 
-def can_keep_name(name: str | None, loaded: Counter[str] | None, module: nn.Module) -> bool:
+def digests_if_named(name: str, module: nn.Module) -> Counter[str] | None:
+    """For `can_keep_name`: the digests of a model that was just loaded by name, None if the name is a folder.
+
+    It must be asked now: once the folder has moved, or the working directory changed, its path looks like a name
+    on the hub.
+    """
+    return digests(module) if name == "default" or not Path(name).exists() else None
+
+
+def can_keep_name(loaded: Counter[str] | None, module: nn.Module) -> bool:
     """True if a saved system may name a model instead of holding its weights.
 
     That is so for `"default"` and hub names whose weights are what they were when they were loaded; a folder
-    on this machine may be gone on another, and a live object has no name.
+    on this machine may be gone on another, and a live object has no name. These two have None for `loaded`.
     """
-    if name is None or loaded is None or (name != "default" and Path(name).exists()):
-        return False
-    return not loaded - digests(module)
+    return loaded is not None and not loaded - digests(module)
 
 
 def load_causal_lm(name: str, dtype: str, trust_remote_code: bool, with_tokenizer: bool) -> tuple[Any, Any]:

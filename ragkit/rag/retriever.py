@@ -38,6 +38,9 @@ class TrainableRetriever(Retriever, Protocol):
     def trainable_modules(self, part: Part) -> dict[str, nn.Module]:
         """The modules that training `part` moves, by name."""
 
+    def separate_query_encoder(self) -> bool:
+        """Gives the query side an encoder of its own, before it is trained alone; False if it has one already."""
+
     def score(self, questions: Sequence[str], passage_ids: Sequence[Sequence[str]], part: Part = "query") -> Tensor:
         """Scores [B, K] with gradient into the modules of `part`."""
 
@@ -221,7 +224,8 @@ class DenseRetriever:
             embeddings = self.store.embeddings(unique)
         queries = self.query_encoder.encode_with_grad(questions, "query", self.query_prompt)  # [B, D]
         chosen = embeddings.to(queries.device)[index.to(queries.device)]  # [B, K, D]
-        scores = torch.einsum("bd,bkd->bk", queries, chosen)
+        # Not einsum: autocast would round the cosines to bfloat16, in steps of 0.004, and LSR divides them by 0.05.
+        scores = (queries.unsqueeze(1) * chosen).sum(-1)
         return scores.masked_fill(~mask.to(scores.device), -torch.inf)
 
     def mark_stale(self) -> None:

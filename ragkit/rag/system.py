@@ -237,9 +237,10 @@ def index_corpus(retriever: DenseRetriever, passages: Sequence[Passage]) -> None
         new = {passage.id: passage.full_text for passage in passages}
         other = next((passage.id for passage in store.passages() if new.get(passage.id) != passage.full_text), None)
         if other is not None:
+            text = " with another text" if other in new else ""
             raise StoreError(
-                f"{store!r} holds other passages already, for example {other!r}"
-                f"{' with another text' if other in new else ''}; choose another collection, or clear() the store first"
+                f"{store!r} holds other passages already, for example {other!r}{text}; "
+                "choose another collection, or clear() the store first"
             )
     retriever.index(passages)
 

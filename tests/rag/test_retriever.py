@@ -65,6 +65,28 @@ def test_protocols(retriever):
     assert isinstance(retriever, Retriever) and isinstance(retriever, TrainableRetriever)
 
 
+@pytest.mark.parametrize("part", ["query", "both"])
+def test_scores_keep_full_precision_under_autocast(trainable, part):
+    ids = [["lima", "paris", "nile", "curie"], ["nile", "lima"]]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = trainable.score(QUESTIONS, ids, part)
+    assert scores.dtype == torch.float32
+    rounded = scores.bfloat16().float()
+    assert (scores != rounded)[:, :2].all()  # not bfloat16 numbers in a float32 tensor either
+    assert torch.allclose(scores[0], trainable.score(QUESTIONS, ids, part)[0], atol=0.02)
+
+
+@pytest.mark.parametrize(
+    "name", ["retrieve", "trainable_modules", "separate_query_encoder", "score", "mark_stale", "refresh", "stale"]
+)
+def test_what_lsr_calls_is_part_of_the_protocol(name):
+    names = {"retrieve", "trainable_modules", "separate_query_encoder", "score", "mark_stale", "refresh", "stale"}
+    parts = {part: None if part == "stale" else (lambda self: None) for part in names}
+    assert isinstance(type("Whole", (), parts)(), TrainableRetriever)
+    del parts[name]
+    assert not isinstance(type("Lacking", (), parts)(), TrainableRetriever)
+
+
 def test_retrieves_the_right_passage(retriever):
     results = retriever.retrieve(QUESTIONS, 2)
     assert [row[0].id for row in results] == ["lima", "nile"]
@@ -221,6 +243,23 @@ def test_saved_untouched_as_a_name_and_trained_as_weights(trainable, tmp_path):
         same(loaded.retrieve(QUESTIONS, 3), trainable.retrieve(QUESTIONS, 3))
 
 
+@pytest.mark.parametrize("how", ["renamed", "relative path"])
+def test_an_encoder_from_a_folder_that_is_no_longer_there_is_saved_with_its_weights(
+    minilm, tmp_path, monkeypatch, how
+):
+    minilm.model.save(str(tmp_path / "mine"), create_model_card=False)
+    monkeypatch.chdir(tmp_path)
+    retriever = DenseRetriever("mine" if how == "relative path" else tmp_path / "mine", device="cpu")
+    retriever.index(PASSAGES)
+    (tmp_path / "elsewhere").mkdir()
+    if how == "renamed":
+        (tmp_path / "mine").rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    retriever.save(tmp_path / "r")
+    loaded = DenseRetriever.load(tmp_path / "r", device="cpu")
+    same(loaded.retrieve(QUESTIONS, 3), retriever.retrieve(QUESTIONS, 3))
+
+
 def test_a_name_that_now_means_other_weights_is_refused(retriever, tmp_path):
     retriever.save(tmp_path / "r")
     path = tmp_path / "r" / "retriever.json"
@@ -264,6 +303,31 @@ def test_a_wrong_encoder_is_named(tmp_path):
         Encoder(str(tmp_path / "nothing"))
     with pytest.raises(TypeError, match="found int"):
         Encoder(3)
+
+
+@pytest.mark.parametrize(("kind", "limit"), [("Bert", 64), ("Roberta", 62), ("MPNet", 62)])
+def test_more_tokens_than_the_model_has_positions_for_are_refused(tokenizer, tmp_path, kind, limit):
+    import transformers
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import Pooling, Transformer
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=len(tokenizer), max_position_embeddings=64, pad_token_id=1 if kind != "Bert" else 0, **sizes
+    )
+    getattr(transformers, f"{kind}Model")(config).save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    part = Transformer(str(tmp_path / "m"))
+    model = SentenceTransformer(modules=[part, Pooling(16)], device="cpu")
+    model.max_seq_length = 5
+    with pytest.raises(ValueError, match=rf"rag.max_passage_tokens\) is {limit + 1}, .* for {limit} tokens at most"):
+        Encoder(model, max_tokens=limit + 1)
+    assert model.max_seq_length == 5
+    long = "The Nile flows. " * 40
+    assert Encoder(model, max_tokens=limit).encode([long], "passage").shape == (1, 16)
+    model.max_seq_length = limit + 1  # the limit is the true one: one token more and the model fails
+    with pytest.raises((RuntimeError, IndexError)):
+        model.encode([long])
 
 
 def test_default_without_its_package_says_what_to_install(monkeypatch):

@@ -188,12 +188,8 @@ def test_indexing_a_corpus_never_empties_a_collection_of_another(minilm, tmp_pat
     first = load_corpus(["Lima is in Peru.", "Paris is in France."])  # a list of texts: the ids are row numbers
     index_corpus(retriever, first)
     index_corpus(retriever, first)
-    for other, message in (
-        (["Rome is in Italy."] * 2, "'0' with another text;"),
-        (CORPUS, "'0';"),
-        (["Lima"], "'0' "),
-    ):
-        with pytest.raises(StoreError, match=f"holds other passages already, for example {message}"):
+    for other, which in ((["Rome is in Italy."] * 2, "'0' with another text;"), (CORPUS, "'0';")):
+        with pytest.raises(StoreError, match=f"holds other passages already, for example {which}"):
             index_corpus(retriever, load_corpus(other))
         assert list(store.passages()) == first
     index_corpus(retriever, [*first, Passage("nile", "The Nile.")])  # nothing is lost where it only grows
