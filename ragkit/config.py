@@ -64,7 +64,10 @@ class TrainConfig(Config):
     seed: int = setting(0, "Seed of the data order, dropout and new weights.", unit="seed number", ge=0, lt=2**32)
     logging_steps: int = setting(1, "An event is written every so many steps.", unit="steps", ge=1)
     save_steps: int | None = setting(
-        None, "A checkpoint is saved every so many steps; null: only at the end and on stop.", unit="steps", ge=1
+        50,
+        "A checkpoint is saved every so many steps, and at the end and on stop; null: only then.",
+        unit="steps",
+        ge=1,
     )
     eval_steps: int | None = setting(
         None, "The evaluation data is scored every so many steps; null: never while training.", unit="steps", ge=1
@@ -92,7 +95,10 @@ class RAGConfig(Config):
     query_prompt: str = setting("", "Text put before every question when it is encoded.")
     passage_prompt: str = setting("", "Text put before every passage when it is encoded.")
     max_passage_tokens: int | None = setting(
-        None, "Longer texts are cut by the encoder; null: the model's own limit.", unit="tokens", ge=1
+        None,
+        'Longer texts are cut by the encoder; null: 160 for "default", else the model\'s own limit.',
+        unit="tokens",
+        ge=1,
     )
     generator: str = setting(
         "default", 'Causal language model: hub name or folder; "default" is the shipped tiny LM.', min_length=1
@@ -100,7 +106,10 @@ class RAGConfig(Config):
     adapter: str | None = setting(None, "Folder or hub name of a PEFT adapter laid over the generator.")
     store: Literal["memory", "qdrant"] = setting("memory", "Where the passages and their vectors are kept.")
     qdrant_url: str | None = setting(None, "Address of a Qdrant server; null: embedded.")
-    qdrant_path: str | None = setting(None, "Folder of the embedded Qdrant; null (and no URL): in memory.")
+    qdrant_path: str | None = setting(
+        None,
+        'Folder of the embedded Qdrant; null (and no URL): "qdrant_store" in the working directory; ":memory:": none.',
+    )
     collection: str = setting("ragkit", "Name of the Qdrant collection.", min_length=1)
     top_k: int = setting(3, "Passages given to the generator for a question.", unit="passages", ge=1)
     prompt: str = setting(
@@ -268,12 +277,15 @@ class QuickstartConfig(Config):
 
     rag: RAGConfig = group(RAGConfig(), "the RAG system")
     lsr: LSRConfig = group(
-        LSRConfig(train=TrainConfig(max_steps=125, batch_size=16, learning_rate=2e-5)),
+        # Minutes long and never resumed: no checkpoints on the way.
+        LSRConfig(train=TrainConfig(max_steps=125, batch_size=16, learning_rate=2e-5, save_steps=None)),
         "training of the retriever (its data, rag, system and output_dir are not used)",
     )
     ralt: RALTConfig = group(
         RALTConfig(
-            context="joined", add_gold=True, train=TrainConfig(max_steps=280, batch_size=8, learning_rate=3e-3)
+            context="joined",
+            add_gold=True,
+            train=TrainConfig(max_steps=280, batch_size=8, learning_rate=3e-3, save_steps=None),
         ),
         "training of the generator (its data, rag, system and output_dir are not used)",
     )

@@ -170,7 +170,20 @@ def load_config(
         values = deep_merge(values, _read_yaml(path))
     for override in overrides:
         values = deep_merge(values, _parse_override(cls, override))
-    return cls(**{str(key): value for key, value in values.items()})
+    made = cls(**{str(key): value for key, value in values.items()})
+    _forget_defaults(made, values)
+    return made
+
+
+def _forget_defaults(made: Config, given: dict[str, Any]) -> None:
+    """Keeps the defaults of nested groups out of `explicit()`: only what was given counts as set."""
+    for name in type(made).model_fields:
+        inner = getattr(made, name)
+        if isinstance(inner, Config):
+            below = given.get(name)
+            below = below if isinstance(below, dict) else {}
+            inner.model_fields_set.intersection_update(below)
+            _forget_defaults(inner, below)
 
 
 def deep_merge(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:

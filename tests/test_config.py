@@ -39,6 +39,16 @@ def refused(cls, *overrides, path=None) -> ConfigError:
 # ---- every field is described ----
 
 
+def test_the_defaults_behind_null_are_described_as_they_are():
+    from ragkit.rag.encoder import DEFAULT_MAX_TOKENS
+    from ragkit.rag.qdrant import DEFAULT_PATH
+
+    described = {name: str(field.description) for name, field in RAGConfig.model_fields.items()}
+    assert f'null (and no URL): "{DEFAULT_PATH}"' in described["qdrant_path"]
+    assert '":memory:": none' in described["qdrant_path"]
+    assert f'{DEFAULT_MAX_TOKENS} for "default"' in described["max_passage_tokens"]
+
+
 @pytest.mark.parametrize("cls", ALL)
 def test_every_field_has_a_description_and_every_number_a_unit_and_a_range(cls):
     for key, field, inner in walk(cls):
@@ -100,6 +110,23 @@ def test_yaml_round_trip_of_any_values(rate, batch, steps, prompt):
         train=TrainConfig(learning_rate=rate, batch_size=batch, max_steps=steps), rag=RAGConfig(query_prompt=prompt)
     )
     assert LSRConfig.from_yaml(config.to_yaml()) == config
+
+
+def test_checkpoints_are_saved_on_the_way_unless_the_training_is_short():
+    for kind in (LSRConfig, RALTConfig):
+        assert 1 <= kind().train.save_steps <= 100
+    assert QuickstartConfig().lsr.train.save_steps is QuickstartConfig().ralt.train.save_steps is None
+
+
+def test_what_was_given_is_told_from_the_defaults_of_a_group():
+    assert load_config(LSRConfig).explicit() == {}
+    given = load_config(LSRConfig, None, ["train.batch_size=16", "gamma=0.05"])
+    assert given.explicit() == {"train": {"batch_size": 16}, "gamma": 0.05}
+    assert load_config(LSRConfig, None, ["top_k=4"], base=given).explicit() == {**given.explicit(), "top_k": 4}
+    small = load_config(QuickstartConfig, None, ["ralt.train.max_steps=2"])
+    assert small.explicit() == {"ralt": {"train": {"max_steps": 2}}}
+    assert (small.ralt.context, small.ralt.train.learning_rate) == ("joined", 3e-3)
+    assert QuickstartConfig.from_yaml(small.to_yaml()) == small
 
 
 def test_numbers_that_yaml_reads_as_text(tmp_path):
