@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,6 +15,8 @@ from torch import nn
 
 from ragkit.config import ConfigError, RALTConfig
 from ragkit.engine import RunTrainer, TrainResult, run_training, training_arguments
+from ragkit.files import atomic_write_json
+from ragkit.processes import is_first
 from ragkit.prompts import PromptError
 from ragkit.runs import Run
 from ragkit.tuning.lora import adapter_parameters, add_adapter, is_peft_model
@@ -186,7 +190,7 @@ class RALTTrainer(SystemTrainer):
             Loss (nats per response token), history, steps and the run's folder.
 
         Raises:
-            DataError: No usable question.
+            DataError: No usable question, or (resume) other training instances than those the run began with.
             ConfigError: `lora_targets` names no layer of the model, or method="full" on a model with an adapter.
             NonFiniteLossError: The loss became NaN or infinite.
         """
@@ -194,6 +198,7 @@ class RALTTrainer(SystemTrainer):
         rows = self.rows()
         eval_rows = self._make_rows(self.eval_data)[0] if self.eval_data is not None else None
         run = self.open_run(resume)
+        check_rows(run, rows, resume)
         if config.method == "lora":
             generator.model = add_adapter(generator.model, config)
         elif is_peft_model(generator.model):
@@ -234,6 +239,42 @@ class RALTTrainer(SystemTrainer):
     def _retriever_modules(self) -> list[nn.Module]:
         modules = getattr(self.system.retriever, "trainable_modules", None)
         return list(modules("both").values()) if modules is not None else []
+
+
+def check_rows(run: Run, rows: Sequence[RALTRow], resume: bool) -> None:
+    """Keeps a digest of the training instances in the run's folder; a resumed run must have the same ones.
+
+    Retrieval and tokenisation are done again for a resumed run, and its data order means nothing for other instances.
+
+    Raises:
+        DataError: They differ, or the digest cannot be read.
+    """
+    path = run.dir / "ralt_rows.json"
+    now: dict[str, Any] = {"rows": len(rows)}
+    for part in ("ids", "prompt_ids", "response_ids"):
+        values = [getattr(row, "id" if part == "ids" else part) for row in rows]
+        now[part] = hashlib.sha256(json.dumps(values).encode()).hexdigest()
+    if not resume or not path.exists():
+        if is_first() and (resume or not run.events()):  # a run that has events is not begun again
+            atomic_write_json(path, now)
+        return
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        kept = {part: before[part] for part in now}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: cannot be read ({error!r}); start a new run") from error
+    reasons = {
+        "ids": "the questions, or how many passages are retrieved for each",
+        "prompt_ids": "the prompts: another corpus, retriever, template or order of the passages",
+        "response_ids": "the answers",
+    }
+    differs = [reason for part, reason in reasons.items() if kept[part] != now[part]]
+    if differs:
+        raise DataError(
+            f"{run.dir} cannot be resumed: it began with {kept['rows']} training instances, now there are "
+            f"{now['rows']}, and they differ in {'; '.join(differs)}. Resume with the corpus, questions and retriever "
+            "of the beginning, or start a new run"
+        )
 
 
 def exchange_passages(examples: Sequence[QAExample], found: Sequence[Sequence[Any]], seed: int) -> list[list[Any]]:

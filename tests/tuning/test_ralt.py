@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import warnings
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from ragkit.config import ConfigError, RALTConfig
-from ragkit.runs import Run
+from ragkit.runs import Run, RunError
 from ragkit.tuning.qa_data import DataError
 from ragkit.tuning.ralt import IGNORED, Collator, RALTTrainer
 
@@ -165,6 +166,32 @@ def test_stop_and_resume_in_a_new_process_equals_the_unbroken_run(make_system, q
         assert same(trainer.system.generator.model, unbroken.generator.model.state_dict())
     assert (checkpoint / "adapter_model.safetensors").exists() == (method == "lora")
     assert (checkpoint / "model.safetensors").exists() == (method == "full")
+
+
+def test_a_run_is_resumed_with_its_own_instances_only(make_system, questions, config):
+    first = RALTTrainer(make_system(), questions, config(name="mine", train={"max_steps": 2}))
+    first.train()
+    kept = (first.run.dir / "ralt_rows.json").read_text()
+
+    def resume(system, data=questions):
+        return RALTTrainer(system, data, first.config, run=Run.open(first.run.dir)).train(resume=True)
+
+    other = make_system()
+    passages = list(other.retriever.store.passages())
+    other.retriever.index([dataclasses.replace(passage, text=passage.text.upper()) for passage in passages])
+    with pytest.raises(DataError, match=r"20 .* now there are 20, and they differ in the prompts: another corpus"):
+        resume(other)
+    with pytest.raises(DataError, match="began with 20 training instances, now there are 10, .* in the questions"):
+        resume(make_system(), questions[:5])
+    with pytest.raises(DataError, match="differ in the answers"):
+        resume(make_system(), [{**questions[0], "answer": "Cusco"}, *questions[1:]])
+    with pytest.raises(RunError, match="has events"):  # begun again in the same folder: its digest stays
+        RALTTrainer(make_system(), questions[:5], first.config, run=first.run).train()
+    assert (first.run.dir / "ralt_rows.json").read_text() == kept
+    assert resume(make_system()).steps == 2
+    (first.run.dir / "ralt_rows.json").write_text("{")
+    with pytest.raises(DataError, match="ralt_rows.json: cannot be read"):
+        resume(make_system())
 
 
 def test_an_adapter_that_is_there_is_trained_on(system, questions, config):
