@@ -15,13 +15,14 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ragkit.config import QuickstartConfig
 from ragkit.console import Out
 from ragkit.engine import TrainResult
 from ragkit.evaluation import Comparison, EvaluationResult, compare, evaluate
 from ragkit.files import atomic_write_json
+from ragkit.rag.store import MemoryStore
 from ragkit.rag.system import Answer, RAGSystem
 from ragkit.runs import Run
 from ragkit.tables import html_table, number, text_table
@@ -99,16 +100,43 @@ def score(system: Any, test: Sequence[QAExample], config: QuickstartConfig, **wh
     return evaluate(system, test, ks=KS, bootstrap=config.bootstrap, seed=config.seed, **which)
 
 
-def untuned_copy(system: RAGSystem) -> RAGSystem:
-    """The system with a retriever that can be trained on its own: same index, same generator; made before LSR."""
+def untuned_copy(system: RAGSystem, train_part: Literal["query", "both"] = "query") -> RAGSystem:
+    """The system with a retriever that can be trained on its own, and the same generator; made before LSR.
+
+    Args:
+        system: The system, not yet tuned.
+        train_part: What LSR will train, `config.lsr.train_part`. With "query" the passages' encoder and the index are
+            shared, because no training touches them; with "both" the copy has its own.
+    """
     retriever: Any = copy.copy(system.retriever)
-    if not retriever.shared:  # with one encoder, LSR makes the query side a copy itself
+    if train_part == "both":
+        # Copied together: one encoder for both sides stays one.
+        encoders = copy.deepcopy((retriever.query_encoder, retriever.passage_encoder))
+        retriever.query_encoder, retriever.passage_encoder = encoders
+        retriever.store = _memory_copy(retriever.store)
+    elif not retriever.shared:  # with one encoder, LSR makes the query side a copy itself
         retriever.query_encoder = copy.deepcopy(retriever.query_encoder)
     return RAGSystem(retriever, system.generator, system.config)
 
 
+def _memory_copy(store: Any) -> MemoryStore:
+    """The passages and embeddings of any store in a new one in memory."""
+    if isinstance(store, MemoryStore):
+        return copy.deepcopy(store)  # bit for bit; `add` would normalise the embeddings once more
+    passages = list(store.passages())
+    embeddings = store.embeddings([passage.id for passage in passages])
+    copied = MemoryStore(device=embeddings.device)
+    copied.add(passages, embeddings)
+    return copied
+
+
 def tune_retriever(
-    system: RAGSystem, train: QAData, config: QuickstartConfig, run: Run, rows: Sequence[LSRRow] | None = None
+    system: RAGSystem,
+    train: QAData,
+    config: QuickstartConfig,
+    run: Run,
+    rows: Sequence[LSRRow] | None = None,
+    test: QAData | None = None,
 ) -> tuple[TrainResult, list[LSRRow]]:
     """LSR in place.
 
@@ -119,6 +147,7 @@ def tune_retriever(
         run: The quickstart's run folder; the training gets a folder in it.
         rows: Rows that were scored before: then this is the control, in which the language model's scores are
             shuffled among the passages of each question.
+        test: Questions that are scored every `lsr.train.eval_steps`; not used where that is null.
 
     Returns:
         (what the training gave, the scored rows).
@@ -127,18 +156,31 @@ def tune_retriever(
     settings.data.corpus, settings.rag = CORPUS, system.config
     settings.output_dir, settings.name = str(run.dir), "lsr" if rows is None else "lsr-shuffled"
     settings.train.seed = config.seed
-    trainer = LSRTrainer(system, train, settings, teacher="lm" if rows is None else "shuffled", rows=rows)
+    trainer = LSRTrainer(
+        system,
+        train,
+        settings,
+        eval_data=test if settings.train.eval_steps is not None else None,
+        teacher="lm" if rows is None else "shuffled",
+        rows=rows,
+    )
     result = trainer.train()
     return result, trainer.rows()
 
 
-def tune_generator(system: RAGSystem, train: QAData, config: QuickstartConfig, run: Run) -> TrainResult:
-    """RALT in place, on the passages that the (tuned) retriever finds."""
+def tune_generator(
+    system: RAGSystem, train: QAData, config: QuickstartConfig, run: Run, test: QAData | None = None
+) -> TrainResult:
+    """RALT in place, on the passages that the (tuned) retriever finds.
+
+    `test` are questions whose loss is logged every `ralt.train.eval_steps`; not used where that is null.
+    """
     settings = config.ralt.model_copy(deep=True)
     settings.data.corpus, settings.rag = CORPUS, system.config
     settings.output_dir, settings.name = str(run.dir), "ralt"
     settings.train.seed = config.seed
-    return RALTTrainer(system, train, settings).train()
+    evaluated = test if settings.train.eval_steps is not None else None
+    return RALTTrainer(system, train, settings, eval_data=evaluated).train()
 
 
 @dataclass(frozen=True)
@@ -217,7 +259,7 @@ def quickstart(config: QuickstartConfig | None = None, out: Out = print) -> Quic
         threads = pick_threads()
         train, test = load_questions(config)
         system = build(config)
-        base = untuned_copy(system)
+        base = untuned_copy(system, config.lsr.train_part)
         retriever: Any = system.retriever
         say(f"{len(retriever.store)} passages, {len(train)} training and {len(test)} test questions")
         encoder, lm = _parameters(retriever.query_encoder.model), _parameters(system.generator.model)
@@ -228,18 +270,18 @@ def quickstart(config: QuickstartConfig | None = None, out: Out = print) -> Quic
         first_answers = system.batch_query([example.question for example in asked])
         say(_line(scores[BEFORE]))
     with steps("LSR: the retriever learns which passages help the language model") as say:
-        result, rows = tune_retriever(system, train, config, run)
+        result, rows = tune_retriever(system, train, config, run, test=test)
         say(_curve(result))
     with steps("Score again") as say:
         scores[AFTER_LSR] = score(system, test, config)
         say(_line(scores[AFTER_LSR]))
     if config.controls:
         with steps("Control: the same LSR with the teacher's scores shuffled") as say:
-            tune_retriever(base, train, config, run, rows=rows)
+            tune_retriever(base, train, config, run, rows=rows, test=test)
             scores[SHUFFLED] = score(base, test, config, generate=False)
             say(f"{_line(scores[SHUFFLED])}  (must not gain)")
     with steps("RALT: the generator learns to answer from what is retrieved") as say:
-        result = tune_generator(system, train, config, run)
+        result = tune_generator(system, train, config, run, test=test)
         say(_curve(result))
     with steps("Score again") as say:
         scores[AFTER] = score(system, test, config)

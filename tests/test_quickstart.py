@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import numpy as np
 import pytest
+import torch
 
 from ragkit import quickstart as qs
 from ragkit import small_world
 from ragkit.config import QuickstartConfig
 from ragkit.evaluation import EvaluationResult
+from ragkit.rag.corpus import Passage
+from ragkit.rag.generator import Generator
+from ragkit.rag.retriever import DenseRetriever
+from ragkit.rag.system import RAGSystem
 from ragkit.runs import Run
+from ragkit.tuning.qa_data import load_qa
 
 
 def result(**values):
@@ -51,6 +58,63 @@ def test_the_table_shows_the_difference_and_the_controls():
     assert note.startswith("40 test questions")
     without = qs.score_table({label: scores[label] for label in (qs.BEFORE, qs.AFTER_LSR, qs.AFTER)})
     assert "control" not in without
+
+
+@pytest.fixture
+def make_system(tiny_lm, tokenizer, minilm):
+    """make_system(dual): a system over a few passages, with one encoder or with two."""
+
+    def make(dual):
+        encoders = [copy.deepcopy(minilm) for _ in range(2 if dual else 1)]
+        retriever = DenseRetriever(*encoders, device="cpu")
+        retriever.index([Passage(f"p{n}", f"Town {n} lies on river {n}.", f"Town {n}") for n in range(6)])
+        return RAGSystem(retriever, Generator(tiny_lm, tokenizer=tokenizer, device="cpu"))
+
+    return make
+
+
+@pytest.mark.parametrize("part", ["query", "both"])
+@pytest.mark.parametrize("dual", [True, False])
+def test_the_control_starts_untuned_and_leaves_the_tuned_system_alone(tmp_path, make_system, part, dual):
+    data = [{"id": f"q{n}", "question": f"Where is town {n}?", "answer": f"on river {n}"} for n in range(6)]
+    config = QuickstartConfig(
+        rag={"device": "cpu"},
+        lsr={"train_part": part, "train": {"max_steps": 2, "batch_size": 3, "learning_rate": 1e-2, "eval_steps": 1}},
+    )
+    system = make_system(dual)
+    retriever, texts = system.retriever, ["Where is town 3?"]
+    ids = [f"p{n}" for n in range(6)]
+
+    def state(retriever):
+        return (
+            retriever.encode_queries(texts),
+            retriever.encode_passages(texts),
+            retriever.store.embeddings(ids).clone(),
+        )
+
+    untuned = state(retriever)
+    control = qs.untuned_copy(system, part)
+    assert (control.retriever.store is retriever.store) == (part == "query")
+    run = Run.create(config, tmp_path)
+    result, rows = qs.tune_retriever(system, load_qa(data), config, run, test=load_qa(data))
+    assert [event["step"] for event in result.history if "eval_mrr" in event] == [1, 2]
+    tuned = state(retriever)
+    assert not torch.equal(tuned[0], untuned[0])
+    assert torch.equal(tuned[2], untuned[2]) == (part == "query")
+
+    assert all(map(torch.equal, state(control.retriever), untuned))  # it starts where the system started
+    assert list(control.retriever.store.passages()) == list(retriever.store.passages())
+    assert control.retriever.shared == (not dual)
+    qs.tune_retriever(control, load_qa(data), config, run, rows=rows, test=load_qa(data))
+    assert not torch.equal(state(control.retriever)[0], untuned[0])
+    assert all(map(torch.equal, state(retriever), tuned))
+
+
+def test_the_generator_is_scored_on_the_way_if_that_is_asked_for(tmp_path, make_system):
+    data = load_qa([{"id": f"q{n}", "question": f"Where is town {n}?", "answer": f"on river {n}"} for n in range(6)])
+    config = QuickstartConfig(ralt={"train": {"max_steps": 2, "eval_steps": 1}})
+    result = qs.tune_generator(make_system(False), data, config, Run.create(config, tmp_path), data)
+    assert [event["step"] for event in result.history if "eval_loss" in event] == [1, 2]
 
 
 @pytest.mark.slow
