@@ -23,6 +23,7 @@ from ragkit.config import (
     QueryConfig,
     QuickstartConfig,
     RALTConfig,
+    TrainConfig,
     help_text,
     load_config,
 )
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from ragkit.tuning.qa_data import QAData
 
 DONE, FAULT, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+GROUPS = {"data", "rag", "train"}  # of the settings of both trainings
 
 
 # ---- lsr and ralt ----
@@ -44,7 +46,6 @@ DONE, FAULT, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 def tune(config: LSRConfig | RALTConfig, out: Out) -> int:
     """Trains one part of a system, scores it before and after, and saves the tuned system in the run folder."""
-    from ragkit.threads import pick_threads
     from ragkit.tuning.lsr import LSRTrainer
     from ragkit.tuning.ralt import RALTTrainer
 
@@ -53,13 +54,18 @@ def tune(config: LSRConfig | RALTConfig, out: Out) -> int:
         config = settings_of_run(resumed, config)
     command = command_of(config)
     processes.join(config.rag.device)
-    out(config.to_yaml())
-    if config.train.num_threads is None:
-        pick_threads()
+    set_threads(config.train)
     system = open_system(config, out)
+    if config.system is not None:
+        config.rag = system.config.model_copy(deep=True)  # what the run works with, also when it is resumed
+    out(config.to_yaml())
     train = load_questions(config.data, "train", out)
-    test = load_questions(config.data, "test", out, required=False)
+    evaluates = config.train.eval_steps is not None
+    test = load_questions(config.data, "test", out, required=evaluates)
     assert train is not None
+    kind: Any = LSRTrainer if command == "lsr" else RALTTrainer
+    # Made before the run folder, so that what it refuses leaves none behind.
+    trainer = kind(system, train, config, eval_data=test if evaluates else None, run=resumed)
     trained, total = parameter_counts(system, config)
     retriever: Any = system.retriever
     out(
@@ -71,8 +77,7 @@ def tune(config: LSRConfig | RALTConfig, out: Out) -> int:
     scoring: dict[str, Any] = {"retrieve": command == "lsr", "generate": command == "ralt"}
     before = _score(system, test, scoring, "before", out)
     run = resumed or processes.shared_run(lambda: Run.create(config, config.output_dir, config.name))
-    kind: Any = LSRTrainer if command == "lsr" else RALTTrainer
-    trainer = kind(system, train, config, run=run)
+    trainer.run = run
     out(f"{'going on' if resumed else 'training'} in {run.dir}")
     with stop_on_interrupt(run, out) as pressed, step_lines(out):
         result = trainer.train(resume=resumed is not None)
@@ -91,6 +96,21 @@ def tune(config: LSRConfig | RALTConfig, out: Out) -> int:
     return DONE
 
 
+def set_threads(train: TrainConfig) -> None:
+    """Sets PyTorch's threads to `train.num_threads`; where that is null the fastest number is measured and kept there.
+
+    The number goes into the run's config.yaml, because a resumed run repeats the numbers of an unbroken one bit for
+    bit only with as many threads.
+    """
+    import torch
+
+    from ragkit.threads import pick_threads
+
+    if train.num_threads is None:
+        train.num_threads = pick_threads()
+    torch.set_num_threads(train.num_threads)
+
+
 def command_of(config: Config) -> str:
     """The command whose settings these are."""
     return next(name for name, (kind, _) in COMMANDS.items() if type(config) is kind)
@@ -107,12 +127,15 @@ def settings_of_run(run: Run, given: LSRConfig | RALTConfig) -> Any:
         config = load_config(type(given), run.config_path)
     except ConfigError as error:
         raise RunError(f"{run.dir} is not a run of the command {command_of(given)}: {error}") from error
-    mine, theirs, default = (flat(values.model_dump()) for values in (given, config, type(given)()))
-    other = [key for key in mine if key != "resume" and mine[key] != default[key] and mine[key] != theirs[key]]
+    mine, theirs = flat(given.explicit()), flat(config.model_dump())
+    # A group that was not given counts its own defaults as explicit.
+    default = flat({name: getattr(type(given)(), name).explicit() for name in GROUPS - given.model_fields_set})
+    asked = [key for key in mine if key != "resume" and (key not in default or mine[key] != default[key])]
+    other = [key for key in asked if mine[key] != theirs.get(key)]
     if other:
         raise CommandError(
             f"resume: {run.dir} was started with other values of {', '.join(other)} "
-            f"({other[0]}={theirs[other[0]]}, now {mine[other[0]]}); leave them out, or start a new run"
+            f"({other[0]}={theirs.get(other[0])}, now {mine[other[0]]}); leave them out, or start a new run"
         )
     return config
 

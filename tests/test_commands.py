@@ -16,11 +16,11 @@ import torch
 
 from ragkit import commands, console
 from ragkit.commands import BAD_INPUT, COMMANDS, DONE, INTERRUPTED, main
-from ragkit.config import DataConfig, EvaluateConfig, LSRConfig, RALTConfig
-from ragkit.inputs import CommandError, load_questions, open_retrieval
+from ragkit.config import DataConfig, EvaluateConfig, LSRConfig, QueryConfig, RALTConfig, load_config
+from ragkit.inputs import CommandError, load_questions, open_retrieval, open_system
 from ragkit.rag.corpus import Passage
 from ragkit.rag.store import StoreError
-from ragkit.runs import Run
+from ragkit.runs import Run, checkpoint_step
 from ragkit.settings import walk
 
 ROOT = Path(__file__).parents[1]
@@ -156,6 +156,12 @@ def test_a_resumed_run_must_go_on_as_it_began(own, run_here):
     status, _, err = run_here("lsr", f"resume={run.dir}", "gamma=0.3")
     assert status == BAD_INPUT and "other values of gamma (gamma=0.2, now 0.3)" in err
     assert commands.settings_of_run(run, LSRConfig(resume=str(run.dir), gamma=0.2)).gamma == 0.2
+    # A default that was asked for counts, one that was not does not.
+    run = Run.create(load_config(LSRConfig, None, ["gamma=0.2", "train.learning_rate=0.001"]), "runs", "more")
+    status, _, err = run_here("lsr", f"resume={run.dir}", "gamma=0.05", "train.learning_rate=2e-5")
+    assert status == BAD_INPUT and "other values of train.learning_rate, gamma (" in err
+    for given in (LSRConfig(resume=str(run.dir)), load_config(LSRConfig, None, ["train.batch_size=16"])):
+        assert commands.settings_of_run(run, given).train.learning_rate == 1e-3
     other = Run.create(RALTConfig(), "runs", "ralt")
     status, _, err = run_here("lsr", f"resume={other.dir}")
     assert status == BAD_INPUT and "not a run of the command lsr" in err
@@ -186,6 +192,22 @@ def test_questions_come_from_the_corpus_folder_by_split(tmp_path):
         assert load_questions(DataConfig(corpus=str(corpus)), "test", required=False) is None
     with pytest.raises(CommandError, match="no train questions"):
         load_questions(DataConfig(corpus=str(tmp_path)), "train")
+
+
+# ---- a saved system brings its own settings ----
+
+
+def test_settings_without_effect_on_a_saved_system_are_refused(own, own_lm, run_here):
+    saved = open_system(load_config(LSRConfig, None, [*own_lm, "rag.top_k=2"]), print).save("saved")
+    same = ["system=saved", "rag.generator=lm", "rag.device=cpu"]
+    status, _, err = run_here("query", *same, "question=Who?", "rag.max_new_tokens=5", "rag.prompt=plain")
+    assert status == BAD_INPUT
+    assert "rag.prompt, rag.max_new_tokens: no effect with system=saved" in err and "rag.prompt='sources'" in err
+    # Asking for the default of a setting that was saved with another value is asking for a change too.
+    assert "rag.max_new_tokens: no" in run_here("query", *same, "question=Who?", "rag.max_new_tokens=32")[2]
+    assert open_system(load_config(QueryConfig, None, same), print).config.top_k == 2
+    changed = open_system(load_config(QueryConfig, None, [*same, "rag.top_k=3"]), print)
+    assert (changed.config.top_k, changed.config.max_new_tokens, saved.name) == (3, 4, "saved")
 
 
 # ---- the lines of a training ----
@@ -264,14 +286,46 @@ def test_lsr_then_query_and_evaluate_on_own_files(own, own_lm):
     assert scores["metrics"]["mrr"]["mean"] == pytest.approx(run.metrics()["after_mrr"])
 
 
+@pytest.fixture
+def threads():
+    """PyTorch's threads are as before after the test."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("command", "value"), [("lsr", "eval_recall@1"), ("ralt", "eval_loss")])
+def test_the_test_questions_are_scored_while_training(own, own_lm, run_here, threads, command, value):
+    given = [*own_lm, "train.max_steps=2", "train.num_threads=null"]
+    status, _, err = run_here(command, *given, "train.eval_steps=1", "name=mine")
+    assert status == DONE, err
+    run = Run.open("runs/mine")
+    assert [event["step"] for event in run.events() if value in event] == [1, 2]
+    # A resumed run has to use as many threads; the number is in its settings.
+    assert run.config()["train"]["num_threads"] == torch.get_num_threads()
+
+
+def test_what_a_training_refuses_leaves_no_run_folder(own, own_lm, run_here, threads):
+    without = [setting for setting in own_lm if not setting.startswith("data.test")]
+    status, _, err = run_here("ralt", *without, "train.eval_steps=1")
+    assert status == BAD_INPUT and "name a file: data.test=FILE.jsonl" in err
+    status, _, err = run_here("lsr", *own_lm, "train.gradient_checkpointing=true")
+    assert status == BAD_INPUT and "train.gradient_checkpointing" in err
+    assert not (own / "runs").exists()
+
+
 @pytest.mark.slow
 def test_ralt_goes_on_from_a_saved_system(own, own_lm):
     done = run_command("ralt", *own_lm, "name=first", "train.learning_rate=1e-2")
     assert done.returncode == 0, done.stderr
     assert "parameters are trained" in done.stdout and "em" in done.stdout
-    again = run_command("ralt", *own_lm, "name=second", "system=runs/first/system", "method=lora")
+    again = run_command("ralt", *own_lm, "name=second", "system=runs/first/system", "method=lora", "rag.top_k=2")
     assert again.returncode == 0, again.stderr
     assert (own / "runs" / "second" / "system").is_dir()
+    # The settings of the run are those it worked with, and it can be resumed with them.
+    assert load_config(RALTConfig, own / "runs" / "second" / "config.yaml").rag.top_k == 2
+    resumed = run_command("ralt", "resume=runs/second")
+    assert resumed.returncode == 0, resumed.stderr
 
 
 @pytest.mark.slow
@@ -293,6 +347,38 @@ def test_an_interrupted_training_resumes(own, own_lm):
     steps = [event["step"] for event in Run.open(own / "runs" / "mine").events() if event.get("loss") is not None]
     assert steps == list(range(1, 401))
     assert (own / "runs" / "mine" / "system").is_dir()
+
+
+@pytest.mark.slow
+def test_a_killed_training_goes_on_as_if_it_had_not_been(own, own_lm):
+    given = [*own_lm, "train.max_steps=16", "train.learning_rate=1e-3", "train.num_threads=null"]
+    unbroken = run_command("lsr", *given, "name=unbroken", "train.save_steps=null")
+    assert unbroken.returncode == 0, unbroken.stderr
+
+    process = subprocess.Popen(
+        **command_line("lsr", *given, "name=mine", "train.save_steps=2"), stdout=subprocess.PIPE
+    )
+    run = Run(own / "runs" / "mine")
+    while process.poll() is None:
+        saved = run.last_checkpoint()
+        if saved is not None and run.events()[-1]["step"] > checkpoint_step(saved):
+            break
+        time.sleep(0.002)
+    process.kill()
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL  # it had not ended by itself
+    assert run.events()[-1]["step"] < 16 and run.last_checkpoint() is not None
+
+    resumed = run_command("lsr", "resume=runs/mine")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "starts again" not in resumed.stdout + resumed.stderr
+
+    def losses(run):
+        return [(event["step"], event["loss"]) for event in run.events() if event.get("loss") is not None]
+
+    wanted = losses(Run.open(own / "runs" / "unbroken"))
+    assert losses(Run.open(run.dir)) == wanted
+    assert len(wanted) == 16 and len({loss for _, loss in wanted}) > 10
 
 
 @pytest.mark.slow
