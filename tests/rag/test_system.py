@@ -24,11 +24,6 @@ QUESTIONS = ["What is the capital of Peru?", "Which river flows through Egypt?",
 
 
 @pytest.fixture
-def generator(tiny_lm, tokenizer):
-    return Generator(tiny_lm, tokenizer, max_new_tokens=8)
-
-
-@pytest.fixture
 def system(minilm, generator):
     return RAGSystem.from_documents(
         CORPUS, retriever=DenseRetriever(minilm), generator=generator, prompt="plain", top_k=2, device="cpu"
