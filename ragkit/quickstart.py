@@ -252,7 +252,7 @@ def quickstart(config: QuickstartConfig | None = None, out: Out = print) -> Quic
     """
     config = config or QuickstartConfig()
     run = Run.create(config, config.output_dir)
-    steps = _Steps(out, total=10 if config.controls else 7)
+    steps = _Steps(out, total=10 if config.controls else 8)
     scores: dict[str, EvaluationResult] = {}
 
     with steps("Build the system: passages, index, language model") as say:

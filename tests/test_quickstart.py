@@ -147,7 +147,7 @@ def test_the_whole_round_with_few_steps(tmp_path, tiny_lm, tokenizer, monkeypatc
     outcome = qs.quickstart(config, lines.append)
 
     titles = [line for line in lines if line.startswith("[")]
-    total = 10 if controls else 7
+    total = 10 if controls else 8
     assert [title.split("]")[0] for title in titles] == [f"[{n}/{total}" for n in range(1, total + 1)]
     assert len(outcome.seconds) == total
     labels = {qs.BEFORE, qs.AFTER_LSR, qs.AFTER} | ({qs.SHUFFLED, qs.RANDOM} if controls else set())
