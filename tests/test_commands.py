@@ -71,10 +71,13 @@ def run_here(monkeypatch, capsys):
     return run
 
 
-def command_line(*arguments, launcher=("-m", "ragkit")):
-    """Arguments of a subprocess, with this repository on its path and no network."""
+def command_line(*arguments, launcher=("-m", "ragkit"), threads="1"):
+    """Arguments of a subprocess, with this repository on its path and no network; threads="": as it chooses."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    env = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    env["OMP_NUM_THREADS"] = threads
+    if not threads:
+        del env["OMP_NUM_THREADS"]
     return {"args": [sys.executable, *launcher, *arguments], "env": env, "text": True}
 
 
@@ -411,6 +414,7 @@ def test_evaluate_reproduces_the_dense_baseline(tmp_path, name, published):
         "generate=false",
         "ks=[2,5,10]",
         f"output={output}",
+        threads="",
     )
     assert done.returncode == 0, done.stderr
     scores = json.loads(output.read_text())["metrics"]
