@@ -115,7 +115,7 @@ class Config(BaseModel, metaclass=_ConfigType):
 
     def to_yaml(self) -> str:
         """All settings as YAML, in the order of the fields; `from_yaml` gives an equal object back."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
     def save(self, path: str | Path) -> Path:
         """Writes `to_yaml()` to `path` atomically."""
@@ -238,6 +238,18 @@ def nearest_key(cls: type[Config], key: str) -> str | None:
         if max(whole, last) >= 0.6 and score > best_score:
             best, best_score = candidate, score
     return best
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes texts with unusual line breaks in double quotes, where they are escaped; PyYAML would fold them."""
+
+
+def _text_node(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = '"' if any(mark in text for mark in "\r\x85\u2028\u2029\ufeff") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _text_node)
 
 
 def _read_yaml(source: str | Path) -> dict[str, Any]:

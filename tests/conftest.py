@@ -7,6 +7,12 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 
 import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+# The same examples in every run, and no verdict on the speed of a busy machine. To search anew:
+# pytest --hypothesis-profile=default
+settings.register_profile("ragkit", derandomize=True, deadline=None)
+settings.load_profile("ragkit")
 
 TEXTS = [
     "Passage: Lima is the capital of Peru.\nQuestion: What is the capital of Peru?\nAnswer: Lima",

@@ -6,7 +6,7 @@ from types import NoneType
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ragkit import config as settings
@@ -102,6 +102,8 @@ def test_yaml_round_trip_of_a_file_with_odd_texts(tmp_path):
     assert load_config(LSRConfig, path, ["name=other"]).rag == config.rag
 
 
+@example(1.0, 1, None, "\x85")
+@example(1.0, 1, None, "a\u2028b\r\n\ufeff: '\"")
 @given(
     st.floats(1e-9, 10, exclude_min=True), st.integers(1, 10**6), st.one_of(st.none(), st.integers(1, 99)), st.text()
 )
