@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from ragkit.engine import TrainResult
 
 
-class SystemTrainer:
+class SystemTrainer(ABC):
     """A trainer of one part of a RAG system; `LSRTrainer` and `RALTTrainer` are the two there are.
 
     Attributes:
@@ -50,9 +51,9 @@ class SystemTrainer:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.data!r}, run={str(self.run.dir) if self.run else None!r})"
 
+    @abstractmethod
     def train(self, resume: bool = False) -> TrainResult:
         """Trains the part in place; see the subclass."""
-        raise NotImplementedError
 
     def evaluate(self, examples: Any = None, **options: Any) -> EvaluationResult:
         """Scores the whole system as it is now.
