@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
 
+from ragkit import small_world
+
 # Our field names, with the names other kits and data sets give the same column; the first one present is taken.
 ALIASES: dict[str, tuple[str, ...]] = {
     "question": ("question", "query"),
@@ -165,8 +167,6 @@ def _read(source: Any, split: str | None) -> tuple[str, list[Any]]:
 
 def _read_path(source: str | Path, split: str | None) -> tuple[str, list[Any]]:
     if str(source) == "small_world" and not Path(source).exists():
-        from ragkit import small_world
-
         path = small_world.path()
     else:
         path = Path(source).expanduser()
