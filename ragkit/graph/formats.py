@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 
 from ragkit.files import atomic_write_json
+from ragkit.graph.disk import atomic_file
 from ragkit.graph.documents import from_lists, read_json_object
 from ragkit.graph.kg_text import read_kg_text, write_kg_text
 from ragkit.graph.normalise import v1_name
 from ragkit.graph.parts import Documents, GraphParts, encode_triples
 from ragkit.graph.report import GraphError, LoadReport
+from ragkit.graph.v2_csv import read_v2, write_v2
 
 
 @dataclass(frozen=True)
@@ -88,6 +87,36 @@ def _formats(folder: Path) -> list[str]:
         for name, files in (("v1", ("kg.txt",)), ("v2", ("nodes.csv", "edges.csv")))
         if all((folder / file).is_file() for file in files)
     ]
+
+
+def read_graph(layout: Layout, v1_names: bool, strict: bool) -> GraphParts:
+    """Reads the files of either format; see `read_v1` and `read_v2`."""
+    if layout.format == "v1":
+        return read_v1(layout, v1_names, strict)
+    if v1_names:
+        raise GraphError(f"{layout.stage1}: v1_names is for kg.txt; the ids of v2 are rows of its files")
+    return read_v2(layout.stage1, layout.texts, strict)
+
+
+def write_graph(root: Path, parts: GraphParts, format: str) -> list[str]:
+    """Writes a data set, each file atomically.
+
+    Returns:
+        What the format cannot hold, one sentence each.
+
+    Raises:
+        GraphError: An unknown format, or the folder holds a graph in the other one.
+    """
+    if format not in ("v1", "v2"):
+        raise GraphError(f'format is {format!r}, expected "v1" or "v2"')
+    other = [name for name in _formats(root / "processed" / "stage1") if name != format]
+    if other:
+        raise GraphError(f"{root} holds a graph in format {other[0]} already; save to another folder")
+    if format == "v1":
+        return write_v1(root, parts)
+    write_v2(root / "processed" / "stage1", parts)
+    write_texts(root / "raw" / "documents.json", parts.documents)
+    return []
 
 
 def read_v1(layout: Layout, v1_names: bool, strict: bool) -> GraphParts:
@@ -167,22 +196,3 @@ def write_texts(path: Path, documents: Documents) -> None:
     if documents.texts is not None:
         pairs: Iterator[tuple[str, Any]] = zip(documents.names, documents.texts.to_pylist(), strict=True)
         atomic_write_json(path, {name: text for name, text in pairs if text is not None})
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write bytes to, that stands at `path` once the block has ended without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # mkstemp makes it private
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ragkit.graph.names import Names
+from ragkit.graph.names import Names, joined
 from ragkit.graph.report import GraphError, LoadReport
 
 MARK = b"# ragkit: quoted values\n"
@@ -246,26 +246,26 @@ def write_kg_text(
         Whether the file had to be marked: GFM-RAG v1 cannot read all of it.
     """
     marked = any(pc.any(pc.match_substring_regex(names.array, NEEDS_MARK)).as_py() for names in (entities, relations))
-    marked = marked or entities_look_like_mark(entities, head)
+    marked = marked or _begins_like_a_bom(entities, head)
     if marked:
         file.write(MARK)
     entity_values = quoted(entities.array) if marked else entities.array
     relation_values = quoted(relations.array) if marked else relations.array
-    last_values = pc.binary_join_element_wise(entity_values, "", "\n")
+    last_values = joined(entity_values, "\n")
     for start in range(0, len(head), ROWS):
         part = slice(start, start + ROWS)
-        lines = pc.binary_join_element_wise(
+        lines = joined(
             entity_values.take(pa.array(head[part])),
             relation_values.take(pa.array(relation[part])),
             last_values.take(pa.array(tail[part])),
-            ",",
+            by=",",
         )
         _, offsets, data = lines.buffers()
         file.write(memoryview(data)[: int(np.frombuffer(offsets, np.int64, len(lines) + 1)[-1])])
     return marked
 
 
-def entities_look_like_mark(entities: Names, head: np.ndarray) -> bool:
+def _begins_like_a_bom(entities: Names, head: np.ndarray) -> bool:
     """Whether the first head begins with U+FEFF, which at the start of a file is a byte order mark."""
     return len(head) > 0 and entities[int(head[0])].startswith("\ufeff")
 
@@ -274,5 +274,4 @@ def quoted(values: pa.Array) -> pa.Array:
     """CSV quotes round the values that need them."""
     need = pc.match_substring_regex(values, NEEDS_MARK + '|"|^\ufeff')
     escaped = pc.replace_substring(values, '"', '""')
-    quote = pa.scalar('"', pa.large_string())
-    return pc.if_else(need, pc.binary_join_element_wise(quote, escaped, quote, ""), values)
+    return pc.if_else(need, joined('"', escaped, '"'), values)

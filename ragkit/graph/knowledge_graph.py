@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,11 @@ from ragkit_kernels.relational_conv.layout import GraphLayout, build_layout
 from torch import Tensor
 
 from ragkit.graph import formats
+from ragkit.graph.cache import cache_key, read_cache, write_cache
 from ragkit.graph.documents import transpose
-from ragkit.graph.parts import GraphParts
+from ragkit.graph.info import GraphInfo, graph_html, graph_info
+from ragkit.graph.parts import Documents, GraphParts
+from ragkit.graph.pyg import parts_from_pyg, to_pyg
 from ragkit.graph.report import GraphError, LoadReport
 from ragkit.graph.triples import parts_from_triples
 
@@ -186,6 +189,7 @@ class KnowledgeGraph:
         v1_names: bool = False,
         strict: bool = False,
         format: str | None = None,
+        cache: bool = False,
     ) -> KnowledgeGraph:
         """Reads a graph from a folder.
 
@@ -198,12 +202,27 @@ class KnowledgeGraph:
             strict: Raise where a row or an entry cannot be used, instead of counting it in `.report` and printing
                 a line.
             format: "v1" or "v2"; needed only where the folder holds both.
+            cache: Keep the parsed graph and its layout beside the files (`processed/stage2/ragkit-...`; where that
+                cannot be written, in the user's cache folder), under a key made of the files' content. The next load
+                reads that.
 
         Raises:
             GraphError: No graph there, a file that cannot be read (file and line are named), or `strict`.
         """
         layout = formats.find_layout(path, format)
-        return cls(formats.read_v1(layout, v1_names, strict))
+        if not cache:
+            return cls(formats.read_graph(layout, v1_names, strict))
+        key = cache_key(layout, v1_names)
+        cached = read_cache(layout, key)
+        if cached:
+            parts, graph_layout, fingerprint = cached
+            parts.report.finish(strict)
+            graph = cls(parts)
+            graph.__dict__.update(layout=graph_layout, fingerprint=fingerprint)  # as the cached properties do
+            return graph
+        graph = cls(formats.read_graph(layout, v1_names, strict))
+        write_cache(layout, key, graph.parts(), graph.layout, graph.fingerprint)
+        return graph
 
     @classmethod
     def from_triples(
@@ -230,6 +249,46 @@ class KnowledgeGraph:
         """
         return cls(parts_from_triples(triples, documents, texts, v1_names, strict))
 
+    @classmethod
+    def from_pyg(
+        cls, data: Any, entities: Sequence[str] | None = None, relations: Sequence[str] | None = None
+    ) -> KnowledgeGraph:
+        """Makes a graph from PyTorch Geometric's.
+
+        Args:
+            data: A `Data` with `edge_index` [2, E] (or `target_edge_index`, as GFM-RAG's have) and, if edges have
+                types, `edge_type` [E]; or a `HeteroData`. An edge list that is followed by its inverse (GFM-RAG's and
+                ULTRA's form) is seen as such, and its first half is taken. `edge_index[0]` are the heads.
+            entities: N names; default `data.entity_names`, else "entity 0", "entity 1", ...
+            relations: R names; default `data.relation_names`, else "relation 0", ...
+
+        Raises:
+            GraphError: No edge_index, ids out of range, or another number of names than of nodes or relations.
+        """
+        graph = cls(parts_from_pyg(data, entities, relations))
+        if isinstance(getattr(data, "rel_emb", None), Tensor):
+            graph.rel_emb = data.rel_emb
+        return graph
+
+    def to_pyg(self, names: bool = True) -> Any:
+        """The graph as GFM-RAG's `torch_geometric.data.Data`, without documents.
+
+        Args:
+            names: Also `entity_names` and `relation_names` (lists; leave them out of graphs with millions).
+
+        Returns:
+            `Data` with `edge_index` [2, 2T], `edge_type` [2T], `num_nodes`, `num_relations` (2R), `target_edge_index`
+            [2, T], `target_edge_type` [T] and, if it is set, `rel_emb` [2R, F].
+
+        Raises:
+            ImportError: torch_geometric is not installed.
+        """
+        return to_pyg(self.parts(), self.edge_index, self.edge_type, self.rel_emb, names)
+
+    def info(self) -> GraphInfo:
+        """Counts, degrees and the most frequent relations."""
+        return graph_info(self.parts())
+
     def save(self, path: str | Path, format: str = "v1") -> Path:
         """Writes the graph as a data set that `load` and GFM-RAG read; each file atomically, other files stay.
 
@@ -242,13 +301,13 @@ class KnowledgeGraph:
             The folder.
         """
         root = Path(path).expanduser()
-        for loss in formats.write_v1(root, self.parts()):
+        for loss in formats.write_graph(root, self.parts(), format):
             warnings.warn(f"{root}: {loss}", stacklevel=2)
         return root
 
     def parts(self) -> GraphParts:
         """The graph's plain arrays (shared, not copied)."""
-        documents = formats.Documents(self.documents, self.document_ptr, self.document_entities, self.texts)
+        documents = Documents(self.documents, self.document_ptr, self.document_entities, self.texts)
         return GraphParts(self.entities, self.relations, self.head, self.relation, self.tail, documents, self.report)
 
     @cached_property
@@ -261,6 +320,9 @@ class KnowledgeGraph:
             state.update(len(ids).to_bytes(8, "little"))
             state.update(np.ascontiguousarray(ids, ids.dtype.newbyteorder("<")).data.cast("B"))
         return state.hexdigest()
+
+    def _repr_html_(self) -> str:
+        return graph_html(self.parts())
 
     def __repr__(self) -> str:
         return (

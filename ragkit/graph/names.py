@@ -160,7 +160,7 @@ class Names(Sequence[str]):
         if len(array):
             _, offsets, data = array.buffers()
             ends = np.frombuffer(offsets, np.int64, len(array) + 1).astype("<i8", copy=False)
-            state.update(memoryview(ends).cast("B"))
+            state.update(ends.data.cast("B"))
             state.update(memoryview(data)[: int(ends[-1])] if data is not None else b"")
 
 
@@ -201,6 +201,13 @@ def _text(value: Any, row: int, what: str) -> str | None:
     except UnicodeEncodeError as error:
         raise GraphError(f"{what} {row}: {value!r} holds half a surrogate pair, which is not text") from error
     return value
+
+
+def joined(*values: pa.Array | str, by: str = "") -> pa.Array:
+    """Strings and constants joined row by row."""
+    kind = pa.large_string()
+    columns = [pa.scalar(value, kind) if isinstance(value, str) else value for value in values]
+    return pc.binary_join_element_wise(*columns, pa.scalar(by, kind))
 
 
 def contiguous(array: pa.Array) -> pa.Array:
