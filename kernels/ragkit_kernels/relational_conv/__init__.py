@@ -1,0 +1,9 @@
+"""Relational message passing (K1): the op, the layer's epilogue, and the graph layout they walk."""
+
+from __future__ import annotations
+
+from ragkit_kernels.relational_conv.layout import GraphLayout, build_layout
+from ragkit_kernels.relational_conv.op import relational_conv
+from ragkit_kernels.relational_conv.reference import AGGREGATES, MESSAGES, relational_conv_reference
+
+__all__ = ["AGGREGATES", "MESSAGES", "GraphLayout", "build_layout", "relational_conv", "relational_conv_reference"]

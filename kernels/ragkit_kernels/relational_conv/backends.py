@@ -1,0 +1,55 @@
+"""Which backend runs an op: Triton on a GPU, numba on a CPU, plain PyTorch anywhere else or where these are missing."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import warnings
+from types import ModuleType
+
+import torch
+
+BACKENDS = ("auto", "kernel", "reference")
+
+
+@functools.cache
+def available(device_type: str) -> str | None:
+    """Name of the compiled backend for tensors on this kind of device ("triton", "numba"), or None."""
+    wanted = {"cuda": "triton", "cpu": "numba"}.get(device_type)
+    if wanted is None:
+        return None
+    if importlib.util.find_spec(wanted) is None:
+        warnings.warn(
+            f"{wanted} is not installed: the graph kernels run in plain PyTorch on the {device_type}, many times "
+            f"slower and with far more memory; install it with: pip install {wanted}",
+            stacklevel=3,
+        )
+        return None
+    return wanted
+
+
+def use_kernel(backend: str, device: torch.device) -> bool:
+    """Whether an op on this device runs in its compiled kernel.
+
+    Args:
+        backend: "auto": the kernel where there is one; "kernel": the kernel, or an error; "reference": plain PyTorch.
+
+    Raises:
+        ValueError: An unknown name.
+        RuntimeError: "kernel" was asked for and there is none for this device.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; found {backend!r}")
+    if backend == "reference":
+        return False
+    found = available(device.type) is not None
+    if backend == "kernel" and not found:
+        raise RuntimeError(f"there is no kernel for tensors on {device.type}; use backend='reference'")
+    return found
+
+
+def module(device: torch.device) -> ModuleType:
+    """The module that launches the kernels for this device."""
+    name = "triton_backend" if device.type == "cuda" else "cpu_backend"
+    return importlib.import_module(f"ragkit_kernels.relational_conv.{name}")
