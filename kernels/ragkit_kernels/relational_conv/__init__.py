@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+from ragkit_kernels.relational_conv.epilogue import norm_relu_residual, relational_step, relu_dot
 from ragkit_kernels.relational_conv.layout import GraphLayout, build_layout
 from ragkit_kernels.relational_conv.op import relational_conv
 from ragkit_kernels.relational_conv.reference import AGGREGATES, MESSAGES, relational_conv_reference
 
-__all__ = ["AGGREGATES", "MESSAGES", "GraphLayout", "build_layout", "relational_conv", "relational_conv_reference"]
+__all__ = [
+    "AGGREGATES",
+    "MESSAGES",
+    "GraphLayout",
+    "build_layout",
+    "norm_relu_residual",
+    "relational_conv",
+    "relational_conv_reference",
+    "relational_step",
+    "relu_dot",
+]

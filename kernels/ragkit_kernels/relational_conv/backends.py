@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 import warnings
@@ -13,20 +12,23 @@ import torch
 BACKENDS = ("auto", "kernel", "reference")
 
 
-@functools.cache
+_WANTED = {"cuda": "triton", "cpu": "numba"}
+_FOUND = {device: name if importlib.util.find_spec(name) else None for device, name in _WANTED.items()}
+_WARNED: set[str] = set()
+
+
 def available(device_type: str) -> str | None:
     """Name of the compiled backend for tensors on this kind of device ("triton", "numba"), or None."""
-    wanted = {"cuda": "triton", "cpu": "numba"}.get(device_type)
-    if wanted is None:
-        return None
-    if importlib.util.find_spec(wanted) is None:
+    found = _FOUND.get(device_type)
+    if found is None and device_type in _WANTED and device_type not in _WARNED:
+        _WARNED.add(device_type)
+        name = _WANTED[device_type]
         warnings.warn(
-            f"{wanted} is not installed: the graph kernels run in plain PyTorch on the {device_type}, many times "
-            f"slower and with far more memory; install it with: pip install {wanted}",
+            f"{name} is not installed: the graph kernels run in plain PyTorch on the {device_type}, many times "
+            f"slower and with far more memory; install it with: pip install {name}",
             stacklevel=3,
         )
-        return None
-    return wanted
+    return found
 
 
 def use_kernel(backend: str, device: torch.device) -> bool:

@@ -70,8 +70,8 @@ def relational_conv(
         ValueError: Shapes, dtypes or devices that do not fit, or a tensor whose last dimension is not contiguous
             (it is not copied in silence); the message names the argument.
     """
-    given, mask, query = _split(boundary)
-    _check(x, relation, layout, given, mask, query, edge_weight, edge_mask, message, aggregate)
+    given, mask, query = split_boundary(boundary)
+    check(x, relation, layout, given, mask, query, edge_weight, edge_mask, message, aggregate)
     if not backends.use_kernel(backend, x.device):
         return relational_conv_reference(
             x, relation, layout, boundary=boundary, edge_weight=edge_weight, edge_mask=edge_mask, message=message,
@@ -82,14 +82,16 @@ def relational_conv(
     )[0]
 
 
-def _split(boundary: Boundary) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def split_boundary(boundary: Boundary) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dense boundary, mask, query), of which one kind is None."""
     return (None, *boundary) if isinstance(boundary, tuple) else (boundary, None, None)
 
 
-def _check(
+def check(
     x: Tensor, relation: Tensor, layout: GraphLayout, boundary: Tensor | None, mask: Tensor | None,
     query: Tensor | None, edge_weight: Tensor | None, edge_mask: Tensor | None, message: str, aggregate: str,
 ) -> None:  # fmt: skip
+    """Raises ValueError for anything that does not fit, naming the argument."""
     if x.ndim != 3 or x.shape[0] != layout.num_nodes:
         raise ValueError(f"x must be [N, B, D] with N = {layout.num_nodes} nodes, found {list(x.shape)}")
     N, (B, D), R = layout.num_dst, x.shape[1:], layout.num_relations
