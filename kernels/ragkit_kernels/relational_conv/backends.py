@@ -1,4 +1,4 @@
-"""Which backend runs an op: Triton on a GPU, numba on a CPU, plain PyTorch anywhere else or where these are missing."""
+"""Which backend runs an op: Triton on a GPU, numba on a CPU, plain PyTorch elsewhere or where these are missing."""
 
 from __future__ import annotations
 

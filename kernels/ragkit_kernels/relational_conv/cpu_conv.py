@@ -1,8 +1,8 @@
 """numba loops of relational message passing on a CPU: parallel over rows, no [E, B, D] temporary.
 
-Work per iteration: a slab of 128 columns of one unit of the layout's work list (a run of rows with about 64 edges, or one
-heavy row). Slabs are the outer order, so that a slab of all states stays in the cache. A row is summed edge by edge in
-the layout's order, so the result does not depend on the number of threads.
+Work per iteration: a slab of 128 columns of one unit of the layout's work list (a run of rows with about 64 edges, or
+one heavy row). Slabs are the outer order, so that a slab of all states stays in the cache. A row is summed edge by edge
+in the layout's order, so the result does not depend on the number of threads.
 
 Tensors come as flat views with strides: nothing is copied, only the last dimension must be contiguous. Inner loops run
 over slices, which numba vectorises (it cannot where an index might be negative). Arguments: `x, sxn, sxb` states and
@@ -64,9 +64,7 @@ def sum_kernel(
         for n in range(first, last):
             for b in range(B):
                 o = n * son + b * sob + lo
-                _start(
-                    out[o : o + S], n, b, lo, base, sbn, sbb, has_base, mask, smn, smb, query, sqb, has_query
-                )
+                _start(out[o : o + S], n, b, lo, base, sbn, sbb, has_base, mask, smn, smb, query, sqb, has_query)
             count = 0
             for e in range(ptr[n], ptr[n + 1]):
                 p = pos[e]
@@ -119,9 +117,7 @@ def max_kernel(
         for n in range(first, last):
             for b in range(B):
                 o = n * son + b * sob + lo
-                _start(
-                    out[o : o + S], n, b, lo, base, sbn, sbb, has_base, mask, smn, smb, query, sqb, has_query
-                )
+                _start(out[o : o + S], n, b, lo, base, sbn, sbb, has_base, mask, smn, smb, query, sqb, has_query)
                 v = (n * B + b) * D + lo
                 winner = won[v : v + S]
                 for d in range(S):
@@ -146,9 +142,7 @@ def max_kernel(
 
 
 @kernel(parallel=True)
-def squares_kernel(
-    ptr, nbr, rel, pos, units, x, sxn, sxb, r, srr, srb, w, has_w, keep, has_keep, code, out, B, D
-):
+def squares_kernel(ptr, nbr, rel, pos, units, x, sxn, sxb, r, srr, srb, w, has_w, keep, has_keep, code, out, B, D):
     """out[n] += Σ_e w_e · message_e² (out holds the boundary's square), for the deviation of PNA."""
     for k in prange(len(units) * ((D + SLAB - 1) // SLAB)):
         lo = k // len(units) * SLAB
@@ -285,7 +279,7 @@ def drel_kernel(
 def dweight_kernel(
     ptr, src, rel, pos, units, x, sxn, sxb, r, srr, srb, keep, has_keep, code, kind, g, sgn, sgb, won, won2, out, B, D
 ):
-    """Gradient of the edge weights in by_dst order: Σ_b Σ_d of the message and its square, times what they pass back."""
+    """Gradient of the edge weights in by_dst order: Σ_b Σ_d of message and square, times what they pass back."""
     plane = D if kind == PNA else 0
     for k in prange(len(units)):
         for e in range(units[k, 2], units[k, 3]):

@@ -1,7 +1,7 @@
 """numba backend of what follows the matrix products: LayerNorm + ReLU + residual, and the scoring head's ReLU + dot.
 
-Each row is read once. Gradients of shared vectors (LayerNorm weight and bias, head weight) are summed per block of rows
-and then over the blocks in order, so they do not depend on the number of threads.
+Each row is read once. Gradients of shared vectors (LayerNorm weight and bias, head weight) are summed per block of
+rows and then over the blocks in order, so they do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ def _norm_backward_kernel(g, sgn, sgb, h, weight, bias, norm, eps, dh, dweight, 
                 dh[at + d] = scale * (v * weight[d] - first - y * second)
 
 
-def norm_forward(h: Tensor, x: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, out: Tensor) -> None:
+def norm_forward(
+    h: Tensor, x: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, out: Tensor
+) -> None:
     """out [N, B, D] (strided) = relu(LayerNorm(h)) + x, for contiguous h; without weight there is no LayerNorm."""
     N, B, D = h.shape
     sxn, sxb = (0, 0) if x is None else (x.stride(0), x.stride(1))

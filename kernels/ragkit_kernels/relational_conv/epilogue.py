@@ -1,7 +1,7 @@
 """The rest of a GFM layer as fused ops: LayerNorm + ReLU + residual, the no-concat step, and the scoring head.
 
-A layer of the graph foundation model is h = W [x ; u] + b with u = relational_conv(x), then x' = relu(LayerNorm(h)) + x.
-`relational_step` ends one layer and begins the next: it writes x' and the next u side by side into one buffer
+A layer of the graph foundation model is h = W [x ; u] + b with u = relational_conv(x), then
+x' = relu(LayerNorm(h)) + x. `relational_step` ends one layer and begins the next: it writes x' and the next u side by side into one buffer
 Z [N, B, 2D], so the next matrix product reads Z and nothing is concatenated.
 """
 
@@ -54,7 +54,9 @@ def norm_relu_residual(
         [N, B, D], dtype of `h`; gradients for all four tensors.
     """
     if h.ndim != 3 or (x is not None and x.shape != h.shape):
-        raise ValueError(f"h and x must both be [N, B, D], found {list(h.shape)}, {None if x is None else list(x.shape)}")
+        raise ValueError(
+            f"h and x must both be [N, B, D], found {list(h.shape)}, {None if x is None else list(x.shape)}"
+        )
     if (weight is None) != (bias is None):
         raise ValueError("weight and bias of the LayerNorm come together")
     if not backends.use_kernel(backend, h.device):

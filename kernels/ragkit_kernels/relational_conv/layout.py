@@ -29,7 +29,7 @@ class Segments:
         edges: [3, E] int32 in this order; what the rows hold is said in `GraphLayout`.
         units: [U, 5] int32 work units (segment_begin, segment_end, edge_begin, edge_end, slot), most edges first.
             slot < 0: a run of whole segments with about `UNIT_EDGES` edges in all (or one with up to that many).
-            slot >= 0: a slice of at most `UNIT_EDGES` edges of one heavy segment; `slot` is its place for a partial sum.
+            slot >= 0: a slice of at most `UNIT_EDGES` edges of one heavy segment; `slot` places its partial sum.
         heavy: [H, 3] int32 (segment, slot_begin, slot_end): the partial sums that make up each split segment.
     """
 
@@ -221,7 +221,7 @@ def work_lists(ptr: Tensor, unit_edges: int = UNIT_EDGES) -> tuple[Tensor, Tenso
     ptr = ptr.long()
     degree = ptr.diff()  # [S]
     is_heavy = degree > unit_edges
-    # Runs: neighbours whose work (edges, and one for the row itself) starts in the same bucket; a split row ends a run.
+    # Runs: neighbours whose work (edges, one for the row itself) starts in the same bucket; a split row ends a run.
     cost = torch.where(is_heavy, torch.zeros_like(degree), degree + 1)
     bucket = (cost.cumsum(0) - cost) // unit_edges + is_heavy.cumsum(0) * (int(cost.sum()) // unit_edges + 2)
     light = (~is_heavy).nonzero().squeeze(1)

@@ -1,7 +1,7 @@
 """Relational message passing as a PyTorch op: checks, registration, gradients.
 
-`relational_conv` is the op; `torch.library` knows it as `ragkit::relational_conv` with a fake kernel, an autograd formula
-and an autocast rule, so it works in `torch.compile(fullgraph=True)` and in mixed precision. The backward pass gathers
+`relational_conv` is the op; `torch.library` knows it as `ragkit::relational_conv` with a fake kernel, an autograd
+formula and an autocast rule, so it works in `torch.compile(fullgraph=True)` and in mixed precision. The backward pass gathers
 like the forward pass, over the edges sorted by source and by relation: no atomics, the same bits in every run.
 """
 
@@ -96,7 +96,9 @@ def check(
         raise ValueError(f"x must be [N, B, D] with N = {layout.num_nodes} nodes, found {list(x.shape)}")
     N, (B, D), R = layout.num_dst, x.shape[1:], layout.num_relations
     if tuple(relation.shape) not in {(R, D), (B, R, D)}:
-        raise ValueError(f"relation must be [{R}, {D}] or [{B}, {R}, {D}] for this graph, found {list(relation.shape)}")
+        raise ValueError(
+            f"relation must be [{R}, {D}] or [{B}, {R}, {D}] for this graph, found {list(relation.shape)}"
+        )
     wanted = {
         "boundary": (boundary, (N, B, D)),
         "boundary mask": (mask, (N, B)),
@@ -112,18 +114,20 @@ def check(
     for name, value, known in (("message", message, MESSAGES), ("aggregate", aggregate, AGGREGATES)):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}; found {value!r}")
-    autocast = torch.is_autocast_enabled(x.device.type)
-    for name, tensor in (("relation", relation), ("boundary", boundary), ("boundary query", query)):
-        if tensor is not None and tensor.dtype != x.dtype and not autocast:
-            raise ValueError(f"{name} is {tensor.dtype}, x is {x.dtype}; they must be equal")
     tensors = {"x": x, "relation": relation, **{name: tensor for name, (tensor, _) in wanted.items()}}
     for name, tensor in tensors.items():
         if tensor is None:
             continue
         if tensor.device != layout.device:
-            raise ValueError(f"{name} is on {tensor.device}, the graph's layout on {layout.device}; use layout.to(...)")
+            raise ValueError(
+                f"{name} is on {tensor.device}, the graph's layout on {layout.device}; use layout.to(...)"
+            )
         if tensor.ndim > 1 and tensor.shape[-1] > 1 and tensor.stride(-1) != 1 and name != "boundary mask":
             raise ValueError(f"the last dimension of {name} must be contiguous (strides {tensor.stride()})")
+    autocast = torch.is_autocast_enabled(x.device.type)
+    for name, tensor in (("relation", relation), ("boundary", boundary), ("boundary query", query)):
+        if tensor is not None and tensor.dtype != x.dtype and not autocast:
+            raise ValueError(f"{name} is {tensor.dtype}, x is {x.dtype}; they must be equal")
 
 
 @torch.library.custom_op("ragkit::relational_conv", mutates_args=())
@@ -219,7 +223,7 @@ def conv_backward(
         grad, x, relation = grad.float(), x.float(), relation.float()
         base = widen(base)
     weight = None if weight is None else weight.to(accumulate(x))
-    dx = drelation = dweight = x.new_empty(0)
+    dx, drelation, dweight = (x.new_empty(0) for _ in range(3))
     if needs[0]:
         dx = x.new_empty(x.shape)
         backend.conv_backward_x(grad, won, x, relation, weight, keep, graph, message, aggregate, base, dx)
@@ -229,8 +233,7 @@ def conv_backward(
         sorted_ = backend.conv_backward_weight(grad, won, x, relation, keep, graph, message, aggregate)
         dweight = torch.empty_like(sorted_)
         dweight[graph.order] = sorted_  # a permutation: each place is written once
-    done = [t.to(d) for t, d in zip((dx, drelation, dweight), dtypes, strict=True)]
-    return tuple(t.clone() if i and t is done[i - 1] else t for i, t in enumerate(done))  # type: ignore[return-value]
+    return dx.to(dtypes[0]), drelation.to(dtypes[1]), dweight.to(dtypes[2])
 
 
 @conv_backward.register_fake
