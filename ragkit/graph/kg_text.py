@@ -27,18 +27,23 @@ from ragkit.graph.report import GraphError, LoadReport
 MARK = b"# ragkit: quoted values\n"
 BLOCK = 32 << 20  # bytes read at a time
 ROWS = 1 << 20  # triples written at a time
-NEEDS_MARK = r"[,\n\r]|^\s|\s$"
+# What str.strip, and so v1, takes off a line's ends; RE2's own classes know ASCII only.
+SPACE = r"[\t-\r\x1c-\x20\x{85}\x{a0}\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000}]"
+NEEDS_MARK = rf"[,\n\r]|^{SPACE}|{SPACE}$"
 NEWLINE, COMMA, QUOTE = 10, 44, 34
 _SPACE = np.isin(np.arange(256), [9, 10, 11, 12, 13, 28, 29, 30, 31, 32])  # the ASCII part of str.isspace
 _VALUE = re.compile(r'\s*"((?:[^"]|"")*)"\s*(?:,|$)|([^",]*)(?:,|$)')
 
 
-def read_kg_text(path: Path, report: LoadReport) -> tuple[pa.ChunkedArray, pa.ChunkedArray, np.ndarray]:
+def read_kg_text(
+    path: Path, report: LoadReport, block_bytes: int = BLOCK
+) -> tuple[pa.ChunkedArray, pa.ChunkedArray, np.ndarray]:
     """Reads a kg.txt, marked or not.
 
     Args:
         path: The file; UTF-8, with or without a byte order mark, any line ends.
         report: Gets the lines that cannot be used.
+        block_bytes: Bytes read at a time; a longer line is read whole all the same.
 
     Returns:
         (ends [2T] large_string: head 0, tail 0, ...; relations [T] large_string; line numbers [T] int64, from 1).
@@ -62,7 +67,7 @@ def read_kg_text(path: Path, report: LoadReport) -> tuple[pa.ChunkedArray, pa.Ch
         mark = re.match(rb"# ragkit: quoted values\r?\n", first[start:])
         file.seek(start + (mark.end() if mark else 0))
         line = 2 if mark else 1
-        for block in _blocks(file, quotes=bool(mark)):
+        for block in _blocks(file, bool(mark), block_bytes):
             _check_utf8(block, path, line)
             values, rows, lines = _split(block, line, bool(mark), report)
             if len(rows):
@@ -78,14 +83,14 @@ def read_kg_text(path: Path, report: LoadReport) -> tuple[pa.ChunkedArray, pa.Ch
     )
 
 
-def _blocks(file: BinaryIO, quotes: bool) -> Iterator[bytes]:
+def _blocks(file: BinaryIO, quotes: bool, size: int) -> Iterator[bytes]:
     """Blocks of whole lines, each with a line end after the last. With `quotes` a break inside quotes ends no line."""
     carry = b""
     while True:
-        block = file.read(BLOCK)
+        block = file.read(size)
         last = not block
         block = carry + block
-        if last and not block:
+        if not block:
             return
         if not quotes:  # as Python's text mode, and so v1, has it; a "\r" at the end may be half a line end
             held = b"\r" if block.endswith(b"\r") and not last else b""
@@ -203,7 +208,7 @@ def _odd_line(text: str, number: int, quotes: bool, report: LoadReport) -> list[
     if len(plain) == 3 and not (quotes and '"' in text):
         return plain
     values = _csv_values(text)
-    if values is None and quotes:
+    if values is None and quotes and '"' in text:
         report.skip(number, "quotes that do not match", text)
         return None
     if values is not None and len(values) == 3:

@@ -257,8 +257,9 @@ class KnowledgeGraph:
 
         Args:
             data: A `Data` with `edge_index` [2, E] (or `target_edge_index`, as GFM-RAG's have) and, if edges have
-                types, `edge_type` [E]; or a `HeteroData`. An edge list that is followed by its inverse (GFM-RAG's and
-                ULTRA's form) is seen as such, and its first half is taken. `edge_index[0]` are the heads.
+                types, `edge_type` [E]; or a `HeteroData`; or a data set of one graph. An edge list that is followed by
+                its inverse (GFM-RAG's and ULTRA's form) is seen as such, and its first half is taken. `edge_index[0]`
+                are the heads.
             entities: N names; default `data.entity_names`, else "entity 0", "entity 1", ...
             relations: R names; default `data.relation_names`, else "relation 0", ...
 
@@ -339,4 +340,5 @@ def _ids(values: np.ndarray, limit: int, name: str) -> np.ndarray:
     if len(values) and (int(values.min()) < 0 or int(values.max()) >= limit):
         row = int(np.flatnonzero((values < 0) | (values >= limit))[0])
         raise GraphError(f"{name}, row {row}: id {int(values[row])} is out of range, expected 0 ... {limit - 1}")
-    return np.ascontiguousarray(values, np.int32)
+    values = np.ascontiguousarray(values, np.int32)
+    return values if values.flags.writeable else values.copy()  # torch warns of arrays that it cannot write to

@@ -211,8 +211,10 @@ def joined(*values: pa.Array | str, by: str = "") -> pa.Array:
 
 
 def contiguous(array: pa.Array) -> pa.Array:
-    """The same array with offset 0, so that its buffers hold nothing else."""
-    return pa.concat_arrays([array, array.slice(0, 0)]) if array.offset else array
+    """The same large_string array, or a copy whose buffers hold nothing else."""
+    if len(array) and (array.offset or int(np.frombuffer(array.buffers()[1], np.int64, 1)[0])):
+        return array.take(pa.array(np.arange(len(array))))  # concat_arrays would give a single slice back as it is
+    return array
 
 
 def blank_names(array: pa.Array) -> np.ndarray:

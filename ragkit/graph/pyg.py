@@ -17,11 +17,14 @@ from ragkit.optional import require
 
 def parts_from_pyg(data: Any, entities: Sequence[str] | None, relations: Sequence[str] | None) -> GraphParts:
     """See `KnowledgeGraph.from_pyg`."""
+    if hasattr(data, "indices") and hasattr(data, "get"):  # a torch_geometric Dataset has all its graphs' edges in one
+        if len(data) != 1:
+            raise GraphError(f"a data set of {len(data)} graphs: give one of them, such as dataset[0]")
+        data = data[0]
     if hasattr(data, "to_homogeneous"):
         data, entities, relations = _homogeneous(data, entities, relations)
     if not isinstance(getattr(data, "edge_index", None), Tensor):
-        more = "; for a data set, give one of its graphs, such as dataset[0]" if hasattr(data, "__getitem__") else ""
-        raise GraphError(f"expected a graph with edge_index, found {type(data).__name__}{more}")
+        raise GraphError(f"expected a graph with edge_index, found {type(data).__name__}")
     index, kind, num_relations = _triples(data)
     named = getattr(data, "entity_names", None) if entities is None else entities
     num_entities = _count(data, index, named)
@@ -30,7 +33,7 @@ def parts_from_pyg(data: Any, entities: Sequence[str] | None, relations: Sequenc
         if len(named_relations) < num_relations or int(kind.max(initial=-1)) >= len(named_relations):
             raise GraphError(f"{len(named_relations)} relation names for {num_relations} relations")
         num_relations = len(named_relations)
-    report = LoadReport(f"the {type(data).__name__} graph", rows=index.shape[1])
+    report = LoadReport(f"the {type(data).__name__} graph", unit="row", rows=index.shape[1])
     return GraphParts(
         _names(named, num_entities, "entity"),
         _names(named_relations, num_relations, "relation"),

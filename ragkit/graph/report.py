@@ -23,9 +23,10 @@ class SkippedRow:
     number: int
     reason: str
     text: str
+    unit: str = "line"
 
     def __str__(self) -> str:
-        return f"line {self.number}: {self.reason}: {self.text!r}"
+        return f"{self.unit} {self.number}: {self.reason}: {self.text!r}"
 
 
 @dataclass
@@ -34,6 +35,8 @@ class LoadReport:
 
     Attributes:
         source: Where the graph came from.
+        unit: What the numbers of skipped rows count: "line", or "row" (from 1; in a CSV file the head is row 1 and
+            blank lines do not count).
         rows: Rows of triples (or edges) that were read, blank lines not counted.
         blank: Blank lines.
         reasons: Reason -> number of rows that were left out for it.
@@ -49,6 +52,7 @@ class LoadReport:
     """
 
     source: str = "triples"
+    unit: str = "line"
     rows: int = 0
     blank: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
@@ -76,7 +80,7 @@ class LoadReport:
         """Counts a row that is left out, and keeps it if it is one of the first."""
         self.reasons[reason] = self.reasons.get(reason, 0) + 1
         shown = text if len(text) <= TEXT_WIDTH else f"{text[:TEXT_WIDTH]}..."
-        self.skipped.append(SkippedRow(number, reason, shown))
+        self.skipped.append(SkippedRow(number, reason, shown, self.unit))
         if len(self.skipped) > SHOWN:  # readers find rows of different kinds at different times: keep the earliest
             self.skipped.sort(key=lambda row: row.number)
             self.skipped.pop()

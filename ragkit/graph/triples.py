@@ -25,7 +25,7 @@ def parts_from_triples(
     strict: bool,
 ) -> GraphParts:
     """See `KnowledgeGraph.from_triples`; rows with a missing or blank name are counted in the report."""
-    report = LoadReport("the triples")
+    report = LoadReport("the triples", unit="row")
     heads, relations, tails = _columns(triples)
     report.rows = len(heads)
     rows = np.arange(len(heads), dtype=np.int64)

@@ -37,23 +37,24 @@ def read_v2(stage1: Path, texts_path: Path | None, strict: bool) -> GraphParts:
     Raises:
         GraphError: A file or column is missing, a name stands there twice, or no edge joins two entities.
     """
-    report = LoadReport(str(stage1 / "edges.csv"))
-    nodes = _read(stage1 / "nodes.csv", ["type"], report, ["uid", "name"])
+    report = LoadReport(str(stage1 / "edges.csv"), unit="row")
+    nodes, _ = _read(stage1 / "nodes.csv", ["type"], report, ["uid", "name"])
     key = "uid" if "uid" in nodes.column_names else "name"
     keys = _names(nodes.column(key), stage1 / "nodes.csv", "node")
     shown = large_strings(nodes.column("name" if "name" in nodes.column_names else key), "node")
     is_document = pc.equal(nodes.column("type"), DOCUMENT).to_numpy()
     place = np.where(is_document, np.cumsum(is_document), np.cumsum(~is_document)).astype(np.int64) - 1
     relations = _relations(stage1 / "relations.csv", report)
-    edges = _read(stage1 / "edges.csv", ["source", "relation", "target"], report)
+    edges, bad = _read(stage1 / "edges.csv", ["source", "relation", "target"], report)
     source, target = keys.ids(edges.column("source")), keys.ids(edges.column("target"))
     relation = relations.ids(edges.column("relation"))
-    report.rows = edges.num_rows + report.num_skipped
+    report.rows = edges.num_rows + len(bad)
     known = (source >= 0) & (target >= 0) & (relation >= 0)
+    numbers = np.setdiff1d(np.arange(2, 2 + report.rows), bad)  # row 1 is the head
     for row in np.flatnonzero(~known):
         what = "source" if source[row] < 0 else "target" if target[row] < 0 else "relation"
         text = ",".join(str(edges.column(name)[int(row)]) for name in ("source", "relation", "target"))
-        report.skip(int(row) + 2, f"{what} that is in no file", text)
+        report.skip(int(numbers[row]), f"{what} that is in no file", text)
     source, target, relation = source[known], target[known], relation[known]
     from_document, to_document = is_document[source], is_document[target]
     report.count_only("edges from document to document", int((from_document & to_document).sum()))
@@ -85,7 +86,7 @@ def read_v2(stage1: Path, texts_path: Path | None, strict: bool) -> GraphParts:
 
 
 def _relations(path: Path, report: LoadReport) -> Names:
-    table = _read(path, ["name"], report)
+    table, _ = _read(path, ["name"], report)
     return _names(table.column("name"), path, "relation")
 
 
@@ -96,30 +97,32 @@ def _names(values: pa.ChunkedArray | pa.Array, path: Path, what: str) -> Names:
         raise GraphError(f"{path}: {error}") from error
 
 
-def _read(path: Path, columns: list[str], report: LoadReport, one_of: list[str] | None = None) -> pa.Table:
-    """A CSV file with all columns as text, so that "nan" and "null" stay names."""
+def _read(
+    path: Path, columns: list[str], report: LoadReport, one_of: list[str] | None = None
+) -> tuple[pa.Table, list[int]]:
+    """A CSV file with all columns as text, so that "nan" and "null" stay names; and the rows that were left out."""
     if not path.is_file():
         raise GraphError(f"{path}: no such file; a graph of GFM-RAG v2 has nodes.csv, relations.csv and edges.csv")
     if not path.stat().st_size:
         raise GraphError(f"{path} is empty")
     check_utf8(path)
 
+    bad: list[pa_csv.InvalidRow] = []
+
     def skip(row: pa_csv.InvalidRow) -> str:
-        reason = f"{row.actual_columns} values in {path.name}, expected {row.expected_columns}"
-        report.skip(row.number or 0, reason, row.text)
+        bad.append(row)
         return "skip"
 
-    size = path.stat().st_size
-    for block in (BLOCK, min(size + 1, 2**31 - 1)):
-        before = len(report.skipped), dict(report.reasons)
-        try:
-            table = _parse(path, block, skip)
-            break
-        except pa.ArrowInvalid as error:
-            if "straddl" not in str(error) or block > BLOCK or size < BLOCK:
-                raise GraphError(f"{path}: {error}") from error
-            del report.skipped[before[0] :]
-            report.reasons = before[1]
+    try:
+        table = _parse(path, BLOCK, skip)
+    except pa.ArrowInvalid as error:
+        if "straddl" not in str(error):
+            raise GraphError(f"{path}: {error}") from error
+        bad.clear()  # a value is larger than a block: all in one
+        table = _parse(path, min(path.stat().st_size + 1, 2**31 - 1), skip)
+    for row in bad:
+        reason = f"{row.actual_columns} values in {path.name}, expected {row.expected_columns}"
+        report.skip(row.number, reason, row.text)
     if "attributes" in table.column_names:
         kept = pc.is_in(table.column("attributes"), value_set=pa.array(["", "{}"], pa.large_string()))
         count = table.num_rows - (pc.sum(kept).as_py() or 0)
@@ -130,7 +133,7 @@ def _read(path: Path, columns: list[str], report: LoadReport, one_of: list[str] 
         missing.append(" or ".join(one_of))
     if missing:
         raise GraphError(f"{path}: no column {missing[0]}; found {', '.join(table.column_names)}")
-    return table
+    return table, [row.number for row in bad]
 
 
 def _parse(path: Path, block: int, skip: object) -> pa.Table:
