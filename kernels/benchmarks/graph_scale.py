@@ -99,7 +99,7 @@ def commit() -> str:
     here = Path(__file__).parent
     run = [
         ["git", "rev-parse", "--short=8", "HEAD"],
-        ["git", "status", "--porcelain", "--", "ragkit", "kernels/ragkit_kernels"],
+        ["git", "status", "--porcelain", "--", "ragkit/graph", "kernels/ragkit_kernels/relational_conv/layout.py"],
     ]
     try:
         root = here.parents[1]

@@ -25,6 +25,7 @@ from ragkit_kernels.relational_conv.layout import GraphLayout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from ragkit import small_world
 from ragkit.files import atomic_dir
 from ragkit.graph.formats import Layout
 from ragkit.graph.names import Names
@@ -51,8 +52,11 @@ def cache_key(layout: Layout, v1_names: bool) -> str:
 
 def places(layout: Layout, key: str) -> list[Path]:
     """Where the copy may be: in the data set, or in the user's cache folder."""
+    outside = user_cache() / "graphs" / f"ragkit-{key}"
+    if layout.root == small_world.path():  # part of the installed library
+        return [outside]
     inside = layout.root / "processed" / "stage2" if layout.root != layout.stage1 else layout.root
-    return [inside / f"ragkit-{key}", user_cache() / "graphs" / f"ragkit-{key}"]
+    return [inside / f"ragkit-{key}", outside]
 
 
 def user_cache() -> Path:

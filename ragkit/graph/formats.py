@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
+from ragkit import small_world
 from ragkit.files import atomic_write_json
 from ragkit.graph.disk import atomic_file
 from ragkit.graph.documents import from_lists, read_json_object
@@ -49,13 +50,15 @@ def find_layout(path: str | Path, format: str | None = None) -> Layout:
     """Finds a graph's files.
 
     Args:
-        path: The data set's folder (with `processed/stage1`), `stage1` itself, a folder with the files, or a kg.txt.
+        path: The data set's folder (with `processed/stage1`), `stage1` itself, a folder with the files, a kg.txt, or
+            "small_world".
         format: "v1" or "v2"; needed only where a folder holds both.
 
     Raises:
         GraphError: Nothing there, or both formats and no word which.
     """
-    path = Path(path).expanduser()
+    small = str(path) == "small_world" and not Path(path).exists()
+    path = small_world.path() if small else Path(path).expanduser()
     if format not in (None, "v1", "v2"):
         raise GraphError(f'format is {format!r}, expected "v1" or "v2"')
     if path.is_file() and path.name == "kg.txt":

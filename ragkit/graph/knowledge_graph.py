@@ -196,7 +196,7 @@ class KnowledgeGraph:
         Args:
             path: A data set's folder in the layout of GFM-RAG v1 (`processed/stage1/kg.txt`, `document2entities.json`,
                 `raw/dataset_corpus.json`) or v2 (`nodes.csv`, `relations.csv`, `edges.csv`, `raw/documents.json`); or
-                its `stage1`; or a folder with nothing but `kg.txt`.
+                its `stage1`; or a folder with nothing but `kg.txt`; or "small_world", the one that comes with ragkit.
             v1_names: Bring entity and relation names to v1's normal form (`ragkit.graph.normalise.v1_name`). By
                 default they stay as they stand in the files.
             strict: Raise where a row or an entry cannot be used, instead of counting it in `.report` and printing

@@ -72,13 +72,15 @@ def encode_triples(
     if blank_entity.any() or blank_relation.any():
         blank = np.stack([blank_entity[pairs[:, 0]], blank_relation[relation_ids], blank_entity[pairs[:, 1]]])
         bad = np.flatnonzero(blank.any(0))
-        for row in bad:
-            what = ("head", "relation", "tail")[int(blank[:, row].argmax())]
-            values = (entity_names[pairs[row, 0]], relation_names[relation_ids[row]], entity_names[pairs[row, 1]])
-            text = ",".join(value.as_py() or "" for value in values)
-            report.skip(int(numbers[row]), f"empty {what}" + (" once normalised" if rename else ""), text)
+        reasons = [f"empty {what}" + (" once normalised" if rename else "") for what in ("head", "relation", "tail")]
+
+        def text(place: int) -> str:
+            head, tail = (entity_names[end].as_py() or "" for end in pairs[bad[place]])
+            return f"{head},{relation_names[relation_ids[bad[place]]].as_py() or ''},{tail}"
+
+        report.skip_many(numbers[bad], blank[:, bad].argmax(0), reasons, text)
         keep = ~blank.any(0)
-        pairs, relation_ids = pairs[keep], relation_ids[keep]
+        pairs, relation_ids = pairs[keep], relation_ids[keep]  # [T kept, 2], [T kept]
         entity_ids = pairs.reshape(-1)
         rename = rename or str  # ids have gaps now: number anew below
     if rename:

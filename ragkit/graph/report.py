@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from ragkit.tables import html_table
 
@@ -78,7 +80,26 @@ class LoadReport:
 
     def skip(self, number: int, reason: str, text: str) -> None:
         """Counts a row that is left out, and keeps it if it is one of the first."""
-        self.reasons[reason] = self.reasons.get(reason, 0) + 1
+        self.count_only(reason, 1)
+        self._keep(number, reason, text)
+
+    def skip_many(
+        self, numbers: np.ndarray, kinds: np.ndarray, reasons: Sequence[str], text: Callable[[int], str]
+    ) -> None:
+        """Counts many rows at once.
+
+        Args:
+            numbers: [M] rising numbers of the rows.
+            kinds: [M] place in `reasons` of each row's reason.
+            reasons: The reasons.
+            text: Place in `numbers` -> how the row begins; asked for the first few only.
+        """
+        for kind, count in enumerate(np.bincount(kinds, minlength=len(reasons)).tolist()):
+            self.count_only(reasons[kind], count)
+        for place in range(min(SHOWN, len(numbers))):
+            self._keep(int(numbers[place]), reasons[int(kinds[place])], text(place))
+
+    def _keep(self, number: int, reason: str, text: str) -> None:
         shown = text if len(text) <= TEXT_WIDTH else f"{text[:TEXT_WIDTH]}..."
         self.skipped.append(SkippedRow(number, reason, shown, self.unit))
         if len(self.skipped) > SHOWN:  # readers find rows of different kinds at different times: keep the earliest
@@ -86,7 +107,7 @@ class LoadReport:
             self.skipped.pop()
 
     def count_only(self, reason: str, count: int) -> None:
-        """Counts rows that are left out and are not worth an example each."""
+        """Counts rows that are left out, without an example."""
         if count:
             self.reasons[reason] = self.reasons.get(reason, 0) + count
 

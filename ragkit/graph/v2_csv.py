@@ -51,10 +51,10 @@ def read_v2(stage1: Path, texts_path: Path | None, strict: bool) -> GraphParts:
     report.rows = edges.num_rows + len(bad)
     known = (source >= 0) & (target >= 0) & (relation >= 0)
     numbers = np.setdiff1d(np.arange(2, 2 + report.rows), bad)  # row 1 is the head
-    for row in np.flatnonzero(~known):
-        what = "source" if source[row] < 0 else "target" if target[row] < 0 else "relation"
-        text = ",".join(str(edges.column(name)[int(row)]) for name in ("source", "relation", "target"))
-        report.skip(int(numbers[row]), f"{what} that is in no file", text)
+    lost = np.flatnonzero(~known)
+    kinds = np.stack([source[lost], target[lost], relation[lost]]).argmin(0)  # -1, where one is missing, is least
+    reasons = [f"{what} that is in no file" for what in ("source", "target", "relation")]
+    report.skip_many(numbers[lost], kinds, reasons, lambda place: _edge_text(edges, int(lost[place])))
     source, target, relation = source[known], target[known], relation[known]
     from_document, to_document = is_document[source], is_document[target]
     report.count_only("edges from document to document", int((from_document & to_document).sum()))
@@ -83,6 +83,10 @@ def read_v2(stage1: Path, texts_path: Path | None, strict: bool) -> GraphParts:
         parts.documents = from_pairs(owner, inside.astype(np.int32), names, texts, report, str(stage1 / "nodes.csv"))
     report.finish(strict)
     return parts
+
+
+def _edge_text(edges: pa.Table, row: int) -> str:
+    return ",".join(edges.column(name)[row].as_py() for name in ("source", "relation", "target"))
 
 
 def _relations(path: Path, report: LoadReport) -> Names:

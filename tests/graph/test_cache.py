@@ -161,6 +161,12 @@ def test_a_data_set_where_stage2_is_a_file_goes_to_the_users_cache(root):
     assert len(list((user_cache() / "graphs").glob("ragkit-*"))) == 1
 
 
+def test_the_small_world_is_cached_outside_the_library(tmp_path):
+    KnowledgeGraph.load("small_world", cache=True)
+    assert KnowledgeGraph.load("small_world", cache=True).report.cached
+    assert len(list((tmp_path / "user_cache" / "graphs").iterdir())) == 1
+
+
 def test_no_place_to_write_is_a_warning(root, tmp_path):
     (root / "processed" / "stage2").write_text("in the way")
     (tmp_path / "user_cache").write_text("in the way too")

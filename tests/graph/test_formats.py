@@ -31,6 +31,12 @@ def test_any_way_to_name_the_folder(write_v1, inside):
     assert graph.num_documents == 1 and graph.document_text(0) == "text"
 
 
+def test_the_small_world():
+    graph = KnowledgeGraph.load("small_world", strict=True)
+    assert graph.num_triples > 100 and graph.num_documents > 100 and graph.document_text(0)
+    assert KnowledgeGraph.load("small_world", v1_names=True, strict=True).fingerprint == graph.fingerprint
+
+
 def test_a_folder_with_nothing_but_kg(tmp_path):
     (tmp_path / "kg.txt").write_text(KG)
     graph = KnowledgeGraph.load(tmp_path)
