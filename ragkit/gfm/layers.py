@@ -1,0 +1,156 @@
+"""One layer of relational message passing, with GFM-RAG v1's parameters and names."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from ragkit_kernels.relational_conv import GraphLayout, norm_relu_residual, relational_conv, relational_step
+from ragkit_kernels.relational_conv.layout import kept_degree
+from torch import Tensor, nn
+
+from ragkit.gfm.settings import GFMSettings
+
+PNA_WIDTH = 13  # the state, and 4 aggregators × 3 scalers
+MIN_SCALE = 1e-2
+
+
+class RelationalLayer(nn.Module):
+    """x' = relu(LayerNorm(W [x ; u] + b)) + x, where u joins the messages of the edges into a node.
+
+    Zhu et al. 2021 (arXiv:2106.06935), with the relation table P = MLP(R0) of ULTRA (Galkin et al. 2023,
+    arXiv:2310.04562). `W[:, :D]` multiplies the state x, the rest the update u.
+
+    Args:
+        settings: The model's settings.
+        input_dim: Numbers of a state that comes in.
+        output_dim: Numbers of a state that goes out.
+    """
+
+    def __init__(self, settings: GFMSettings, input_dim: int, output_dim: int) -> None:
+        super().__init__()
+        width = PNA_WIDTH if settings.aggregate_func == "pna" else 2
+        self.linear = nn.Linear(width * input_dim, output_dim)
+        self.layer_norm = nn.LayerNorm(output_dim) if settings.layer_norm else None
+        self.relation_projection = nn.Sequential(
+            nn.Linear(settings.input_dim, input_dim), nn.ReLU(), nn.Linear(input_dim, input_dim)
+        )
+
+    def norm(self) -> tuple[Tensor | None, Tensor | None]:
+        """Weight and bias of the LayerNorm, or (None, None)."""
+        return (None, None) if self.layer_norm is None else (self.layer_norm.weight, self.layer_norm.bias)
+
+    @property
+    def eps(self) -> float:
+        """Added to the variance in the LayerNorm."""
+        return 1e-5 if self.layer_norm is None else self.layer_norm.eps
+
+
+def propagate(
+    layers: list[RelationalLayer],
+    settings: GFMSettings,
+    layout: GraphLayout,
+    tables: list[Tensor],
+    mask: Tensor,
+    query: Tensor,
+    edge_weights: list[Tensor | None],
+    edge_mask: Tensor | None,
+) -> list[Tensor]:
+    """States after each layer.
+
+    x_0 = mask ⊗ query is the boundary condition: it starts the states, and is added to the messages in every layer.
+    The end of a layer and the message passing of the next are one op, which writes [x ; u] side by side, so that
+    nothing is concatenated.
+
+    Args:
+        layers: L layers.
+        settings: The model's settings.
+        layout: The graph.
+        tables: L relation tables [R, D].
+        mask: [N, B] how much of the query each node starts with.
+        query: [B, D].
+        edge_weights: L times [E], or None for ones.
+        edge_mask: [E] bool, False for edges that are as if they were not there; or None.
+
+    Returns:
+        L tensors [N, B, D] (the last [N, B, hidden_dims[-1]]); views, whose last dimension is contiguous.
+    """
+    if settings.aggregate_func == "pna":
+        return _propagate_pna(layers, settings, layout, tables, mask, query, edge_weights, edge_mask)
+    x = mask.to(query.dtype).unsqueeze(-1) * query  # [N, B, 1] * [B, D] -> [N, B, D]
+    D = x.shape[-1]
+    h: Tensor | None = None
+    residual: Tensor | None = x
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    eps, states = 1e-5, []
+    for layer, table, edge_weight in zip(layers, tables, edge_weights, strict=True):
+        z = relational_step(
+            h, residual, weight, bias, table, layout, eps=eps, boundary=(mask, query), edge_weight=edge_weight,
+            edge_mask=edge_mask, message=settings.message_func, aggregate=settings.aggregate_func,
+        )  # [N, B, 2D]  # fmt: skip
+        if h is not None:
+            states.append(z[..., :D])
+        h = F.linear(z, layer.linear.weight, layer.linear.bias)  # [N, B, 2D] -> [N, B, D']
+        residual = z[..., :D] if settings.short_cut and h.shape[-1] == D else None
+        (weight, bias), eps = layer.norm(), layer.eps
+    assert h is not None
+    return [*states, norm_relu_residual(h, residual, weight, bias, eps)]
+
+
+def _propagate_pna(
+    layers: list[RelationalLayer],
+    settings: GFMSettings,
+    layout: GraphLayout,
+    tables: list[Tensor],
+    mask: Tensor,
+    query: Tensor,
+    edge_weights: list[Tensor | None],
+    edge_mask: Tensor | None,
+) -> list[Tensor]:
+    x = mask.to(query.dtype).unsqueeze(-1) * query  # [N, B, D]
+    scalers = pna_scalers(layout, edge_mask).to(query.dtype)
+    states = []
+    for layer, table, edge_weight in zip(layers, tables, edge_weights, strict=True):
+        planes = relational_conv(
+            x, table, layout, boundary=(mask, query), edge_weight=edge_weight, edge_mask=edge_mask,
+            message=settings.message_func, aggregate="pna",
+        )  # [N, B, 4D]  # fmt: skip
+        h = pna_linear(layer.linear, x, planes, scalers)
+        residual = x.to(h.dtype) if settings.short_cut and h.shape[-1] == x.shape[-1] else None
+        x = norm_relu_residual(h, residual, *layer.norm(), layer.eps)
+        states.append(x)
+    return states
+
+
+def pna_scalers(layout: GraphLayout, edge_mask: Tensor | None) -> Tensor:
+    """[N, 3] factors 1, s and 1 / max(s, 0.01), with s = log(edges into the node + 1) over its mean on all nodes.
+
+    Corso et al. 2020 (arXiv:2004.05718), equation 5. Where no node has an edge, s is 0.
+    """
+    keep = None if edge_mask is None else edge_mask[layout.order.long()]
+    logs = (kept_degree(layout, keep) + 1).double().log()
+    scale = logs / logs.mean().clamp(min=torch.finfo(torch.float64).tiny)
+    return torch.stack([torch.ones_like(scale), scale, 1 / scale.clamp(min=MIN_SCALE)], dim=1)
+
+
+def pna_linear(linear: nn.Linear, x: Tensor, planes: Tensor, scalers: Tensor) -> Tensor:
+    """The layer's matrix product on [x ; each aggregate under each scaler], without making that 13 D wide vector.
+
+    A scaler s is one number for a node, so W (s f) = s (W f): one product of the four aggregates with the weights of
+    the three scalers side by side, then three scaled sums. v1 orders the columns after x by (d, aggregator, scaler).
+
+    Args:
+        linear: Its weight is [D', 13 D].
+        x: [N, B, D].
+        planes: [N, B, 4 D], mean, max, min and std one after the other.
+        scalers: [N, 3].
+
+    Returns:
+        [N, B, D'].
+    """
+    D = x.shape[-1]
+    wide = linear.weight[:, D:].unflatten(1, (D, 4, 3))  # [D', D, 4, 3]
+    wide = wide.permute(3, 0, 2, 1).reshape(-1, 4 * D)  # [3 D', 4 D], aggregator before d as in `planes`
+    parts = F.linear(planes, wide).unflatten(-1, (3, linear.out_features))  # [N, B, 3, D']
+    scaled = (parts * scalers[:, None, :, None].to(parts.dtype)).sum(2)  # [N, B, D']
+    return F.linear(x, linear.weight[:, :D], linear.bias) + scaled.to(parts.dtype)

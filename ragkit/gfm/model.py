@@ -1,0 +1,236 @@
+"""The graph foundation model: one trunk, asked with a question (`GNNRetriever`) or a relation (`QueryGNN`).
+
+Parameter names are those of GFM-RAG v1, so that its checkpoints load. Luo et al. 2025 (arXiv:2502.01113); the maths is
+NBFNet's (arXiv:2106.06935) with ULTRA's relation tables (arXiv:2310.04562).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ragkit.gfm.easy_edges import inverse
+from ragkit.gfm.entity_model import EntityModel
+from ragkit.gfm.graph_view import GraphView, view_of
+from ragkit.gfm.masks import dense_mask
+from ragkit.gfm.relation_tables import RelationTables, TableCache, compute_tables
+from ragkit.gfm.settings import GFMSettings
+
+
+class GraphModel(nn.Module):
+    """What both models share: the relation tables and the entity model.
+
+    Attributes:
+        settings: Sizes and kinds.
+        encoder_info: What is known of the text encoder that the model was trained with (from its checkpoint).
+        new_parameters: Names of parameters that the checkpoint did not have.
+    """
+
+    def __init__(self, settings: GFMSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.rel_mlp = nn.Linear(settings.rel_emb_dim, settings.input_dim)
+        self.entity_model = EntityModel(settings)
+        self.encoder_info: dict[str, Any] | None = None
+        self.new_parameters: list[str] = []
+        self._cache = TableCache()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.rel_mlp.weight.device
+
+    def relations(self, graph: Any) -> RelationTables:
+        """The relation tables of a graph: [R, D] before the layers, and [R, D] for each layer.
+
+        In eval mode without gradient they are kept for the next call with the same graph and weights.
+
+        Raises:
+            GraphError: The graph's relation embeddings are missing or wrong.
+        """
+        rel_emb = view_of(graph).check_rel_emb(getattr(graph, "rel_emb", None), self.settings.rel_emb_dim)
+        keep = not torch.is_grad_enabled() and not self.training
+        weights = [*self.rel_mlp.parameters(), *self.entity_model.layers.parameters()]
+        made_of = [rel_emb, *weights]
+        tables = self._cache.get(made_of) if keep else None
+        if tables is None:
+            layers: Any = self.entity_model.layers
+            tables = compute_tables(self.rel_mlp, layers, rel_emb.to(self.device, self.rel_mlp.weight.dtype))
+            if keep:
+                self._cache.put(made_of, tables)
+        return tables
+
+    def relation_tables(self, graph: Any) -> list[Tensor]:
+        """For each layer its relation table [R, D]; see `relations`."""
+        return self.relations(graph).layers
+
+    def train(self, mode: bool = True) -> Any:
+        """Sets the mode, and forgets the relation tables."""
+        if hasattr(self, "_cache"):
+            self._cache.clear()
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:  # .to(), .half(), ...
+        self._cache.clear()
+        return super()._apply(fn, recurse)
+
+
+class GNNRetriever(GraphModel):
+    """Scores every entity of a graph for questions.
+
+        q = question_mlp(question embedding),  x_0[n] = mask[n] · weight[n] · q,  logits[n] = mlp([x_L[n] ; q])
+
+    Args:
+        settings: Sizes and kinds.
+
+    Example:
+        >>> model = GNNRetriever(GFMSettings(rel_emb_dim=8, input_dim=4, hidden_dims=[4, 4]))
+        >>> logits = model(graph, question_embeddings, [[0], [3, 5]])  # doctest: +SKIP
+    """
+
+    def __init__(self, settings: GFMSettings) -> None:
+        super().__init__(settings)
+        self.question_mlp = nn.Linear(settings.rel_emb_dim, settings.input_dim)
+
+    def forward(
+        self,
+        graph: Any,
+        question_embeddings: Tensor,
+        question_entities_mask: Tensor | Sequence[Any],
+        entities_weight: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of all entities.
+
+        Args:
+            graph: `KnowledgeGraph`, or PyG `Data` with edge_index, edge_type, num_nodes, num_relations and rel_emb.
+                Messages go from `edge_index[1]` to `edge_index[0]`.
+            question_embeddings: [B, F], from the encoder of the relation embeddings.
+            question_entities_mask: Entities of each question: [B, N] numbers, or B lists of ids.
+            entities_weight: [N] factors of the mask (`ragkit.gfm.entity_weights(graph)`); None: ones.
+
+        Returns:
+            [B, N] logits, float32.
+
+        Raises:
+            GraphError: The graph or its relation embeddings do not fit.
+            ValueError: Sizes that differ, ids out of range, NaN or infinite embeddings.
+        """
+        view = view_of(graph)
+        query, mask = self.inputs(view, question_embeddings, question_entities_mask, entities_weight)
+        tables = self.relation_tables(graph)
+        states = self.entity_model.states(view.layout(self.device), tables, mask, query)
+        return self.entity_model.score(states, query).t().contiguous()  # [N, B] -> [B, N]
+
+    def inputs(
+        self,
+        view: GraphView,
+        question_embeddings: Tensor,
+        question_entities_mask: Tensor | Sequence[Any],
+        entities_weight: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(query [B, D], weighted mask [N, B]) on the model's device, checked."""
+        wanted = self.settings.rel_emb_dim
+        e = question_embeddings
+        if e.ndim != 2 or not e.is_floating_point():
+            raise ValueError(f"question_embeddings: expected floats [B, {wanted}], found {e.dtype} {list(e.shape)}")
+        if e.shape[1] != wanted:
+            raise ValueError(
+                f"question_embeddings: the encoder gives {e.shape[1]}, the model wants {wanted} numbers for a text"
+            )
+        if not torch.isfinite(e).all():
+            row = int((~torch.isfinite(e)).any(1).nonzero()[0])
+            raise ValueError(f"question_embeddings: row {row} holds NaN or infinity")
+        N, B = view.num_nodes, len(e)
+        mask = dense_mask(question_entities_mask, B, N, self.device, "question_entities_mask")
+        if entities_weight is not None:
+            if tuple(entities_weight.shape) != (N,):
+                raise ValueError(f"entities_weight: expected [{N}], found {list(entities_weight.shape)}")
+            if not torch.isfinite(entities_weight).all():
+                raise ValueError("entities_weight holds NaN or infinity")
+            mask = mask * entities_weight.to(mask)
+        query = self.question_mlp(e.to(self.device, self.question_mlp.weight.dtype))
+        return query, mask.t().contiguous()  # [B, N] -> [N, B]
+
+
+class QueryGNN(GraphModel):
+    """Scores candidate tails of (head, relation, ?): the link prediction that pre-trains a `GNNRetriever`.
+
+        q = R0[relation],  x_0 = one-hot(head) · q,  score(tail) = mlp([x_L[tail] ; q])
+
+    Args:
+        settings: Sizes and kinds.
+    """
+
+    def forward(self, graph: Any, batch_htr: Tensor, remove_easy_edges: bool | None = None) -> Tensor:
+        """Scores of the candidates.
+
+        Args:
+            graph: As in `GNNRetriever.forward`; relation r + R/2 is the inverse of relation r.
+            batch_htr: [B, 1 + negatives, 3] ids (head, tail, relation), the first of a row positive, the others with
+                its head and other tails, or with its tail and other heads. The latter are asked as
+                (tail, inverse relation, ?).
+            remove_easy_edges: Hides the edges that are candidates themselves, and their inverses, from the message
+                passing (GFM-RAG v1 always does); None: while training.
+
+        Returns:
+            [B, 1 + negatives] logits.
+
+        Raises:
+            GraphError: The graph or its relation embeddings do not fit.
+            ValueError: Ids out of range, or a row whose heads and tails both differ.
+        """
+        view = view_of(graph)
+        batch_htr = batch_htr.to(self.device)
+        check_triples(batch_htr, view.num_nodes, view.num_relations)
+        head, tail, rel = batch_htr.unbind(-1)  # [B, K] each
+        edge_mask = None
+        if self.training if remove_easy_edges is None else remove_easy_edges:
+            back = inverse(rel, view.num_relations)
+            edge_mask = view.edges(self.device).mask_without(
+                torch.cat([head, tail]).flatten(), torch.cat([rel, back]).flatten(), torch.cat([tail, head]).flatten()
+            )
+        head, tail, rel = tail_form(head, tail, rel, view.num_relations)
+        tables = self.relations(graph)
+        B, device = len(head), self.device
+        query = tables.base[rel[:, 0]]  # [R, D] -> [B, D]
+        rows = torch.arange(B, device=device)
+        mask = torch.zeros(view.num_nodes, B, device=device)
+        mask[head[:, 0], rows] = 1.0
+        states = self.entity_model.states(view.layout(device), tables.layers, mask, query, edge_mask=edge_mask)
+        parts = [states] if isinstance(states, Tensor) else states
+        wanted = [part[tail.t(), rows] for part in parts]  # [N, B, D] -> [K, B, D]: the head runs on candidates only
+        return self.entity_model.score(wanted, query).t().contiguous()  # [K, B] -> [B, K]
+
+
+def check_triples(batch: Tensor, N: int, R: int) -> None:
+    """Raises ValueError unless `batch` is [B, K, 3] integer (head, tail, relation) in range, one query to a row."""
+    if batch.ndim != 3 or batch.shape[-1] != 3 or batch.shape[1] < 1 or batch.is_floating_point():
+        raise ValueError(
+            f"batch_htr: expected integer [B, 1 + negatives, 3] (head, tail, relation), found {batch.dtype} "
+            f"{list(batch.shape)}"
+        )
+    for place, (name, limit) in enumerate((("head", N), ("tail", N), ("relation", R))):
+        ids = batch[..., place]
+        wrong = (ids < 0) | (ids >= limit)
+        if wrong.any():
+            row, column = wrong.nonzero()[0].tolist()
+            raise ValueError(f"batch_htr[{row}, {column}]: {name} {int(ids[row, column])} is not in 0 ... {limit - 1}")
+    same = (batch == batch[:, :1]).all(1)  # [B, 3]
+    wrong = ~(same[:, 2] & (same[:, 0] | same[:, 1]))
+    if wrong.any():
+        raise ValueError(
+            f"batch_htr, row {int(wrong.nonzero()[0])}: a row must have one relation, and one head or one tail"
+        )
+
+
+def tail_form(head: Tensor, tail: Tensor, rel: Tensor, R: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows [B, K] with other heads, turned into rows with other tails and the inverse relation."""
+    same_head = (head == head[:, :1]).all(1, keepdim=True)  # [B, 1]
+    return (
+        torch.where(same_head, head, tail),
+        torch.where(same_head, tail, head),
+        torch.where(same_head, rel, inverse(rel, R)),
+    )
