@@ -21,6 +21,9 @@ from ragkit.graph.report import GraphError, LoadReport
 from ragkit.graph.v2_csv import read_v2, write_v2
 
 
+SEPARATORS = {"\t": "tabs", ";": "semicolons", "|": "bars"}  # what people's triples come with instead of commas
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where the files of one data set are.
@@ -139,7 +142,10 @@ def read_v1(layout: Layout, v1_names: bool, strict: bool) -> GraphParts:
     ends, relations, numbers = read_kg_text(path, report)
     parts = encode_triples(ends, relations, numbers, report, rename)
     if not len(parts.head):
-        raise GraphError(f"{path}: no usable line head,relation,tail; {report.summary()}")
+        first = report.skipped[0].text if report.skipped else ""
+        other = next((name for sign, name in SEPARATORS.items() if first.count(sign) == 2), None)
+        hint = f" (values separated by {other}? expected commas)" if other else ""
+        raise GraphError(f"{path}: no usable line head,relation,tail{hint}; {'; '.join(report.problems())}")
     _note_quotes(parts)
     lists = layout.stage1 / "document2entities.json"
     if lists.is_file() or layout.texts:

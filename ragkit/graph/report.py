@@ -122,7 +122,9 @@ class LoadReport:
         """One phrase for each kind of thing that could not be used."""
         found = []
         if self.num_skipped:
-            kinds = "; ".join(f"{count:,} {reason}" for reason, count in self.reasons.items())
+            kinds = "; ".join(f"{reason}: {count:,}" for reason, count in self.reasons.items())
+            if len(self.reasons) == 1:
+                kinds = next(iter(self.reasons))
             first = f"; first: {self.skipped[0]}" if self.skipped else ""
             found.append(f"{self.num_skipped:,} of {self.rows:,} rows not used ({kinds}{first})")
         if self.unknown_entities:
