@@ -20,7 +20,6 @@ from ragkit.graph.parts import Documents, GraphParts, encode_triples
 from ragkit.graph.report import GraphError, LoadReport
 from ragkit.graph.v2_csv import read_v2, write_v2
 
-
 SEPARATORS = {"\t": "tabs", ";": "semicolons", "|": "bars"}  # what people's triples come with instead of commas
 
 

@@ -93,7 +93,7 @@ def test_names_in_quotes_are_noted(write_v1):
         ("\n\n", r"kg\.txt: no usable line head,relation,tail"),
         (
             "a;r;b\nc;r;d\n",
-            r"no usable line .*by semicolons\? .*2 of 2 rows not used \(1 values, expected 3; first: line 1: .*'a;r;b'",
+            r"no usable line .*by semicolons\? .*2 of 2 rows not used \(1 values, expected 3; first: line 1: ",
         ),
         ("a\tr\tb\n", r"no usable line head,relation,tail \(values separated by tabs\? expected commas\)"),
         (b"a,r,\xe9\n", r"kg\.txt, line 1: not UTF-8 \(byte 0xe9\)"),
