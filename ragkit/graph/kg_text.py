@@ -32,7 +32,7 @@ SPACE = r"[\t-\r\x1c-\x20\x{85}\x{a0}\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x
 NEEDS_MARK = rf"[,\n\r]|^{SPACE}|{SPACE}$"
 NEWLINE, COMMA, QUOTE = 10, 44, 34
 _SPACE = np.isin(np.arange(256), [9, 10, 11, 12, 13, 28, 29, 30, 31, 32])  # the ASCII part of str.isspace
-_VALUE = re.compile(r'\s*"((?:[^"]|"")*)"\s*(?:,|$)|([^",]*)(?:,|$)')
+_VALUE = re.compile(r'\s*"((?:[^"]|"")*)"\s*(?:,|\Z)|([^",]*)(?:,|\Z)')
 
 
 def read_kg_text(
