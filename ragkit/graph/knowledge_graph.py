@@ -319,7 +319,7 @@ class KnowledgeGraph:
             names.update_hash(state)
         for ids in (self.head, self.relation, self.tail, self.document_ptr, self.document_entities):
             state.update(len(ids).to_bytes(8, "little"))
-            state.update(np.ascontiguousarray(ids, ids.dtype.newbyteorder("<")))
+            state.update(np.ascontiguousarray(ids, ids.dtype.newbyteorder("<")).data)
         return state.hexdigest()
 
     def _repr_html_(self) -> str:

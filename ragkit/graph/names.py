@@ -160,7 +160,7 @@ class Names(Sequence[str]):
         if len(array):
             _, offsets, data = array.buffers()
             ends = np.frombuffer(offsets, np.int64, len(array) + 1).astype("<i8", copy=False)
-            state.update(ends)
+            state.update(ends.data)
             state.update(memoryview(data)[: int(ends[-1])] if data is not None else b"")
 
 
