@@ -5,8 +5,11 @@ from __future__ import annotations
 from ragkit.gfm.checkpoint import as_link_predictor, as_retriever, export_v1, load_gfm, save_gfm
 from ragkit.gfm.losses import bce_loss, link_prediction_loss, listce_loss, retrieval_loss
 from ragkit.gfm.model import GNNRetriever, QueryGNN
+from ragkit.gfm.question_rows import QuestionError, QuestionReport
+from ragkit.gfm.questions import QuestionBatch, QuestionSet
 from ragkit.gfm.rankers import RANKERS, Incidence, entity_weights
 from ragkit.gfm.settings import GFMSettings
+from ragkit.gfm.text_encoder import TextEncoder, embed_relations
 from ragkit.gfm.weights_file import CheckpointError
 
 __all__ = [
@@ -16,9 +19,15 @@ __all__ = [
     "GNNRetriever",
     "Incidence",
     "QueryGNN",
+    "QuestionBatch",
+    "QuestionError",
+    "QuestionReport",
+    "QuestionSet",
+    "TextEncoder",
     "as_link_predictor",
     "as_retriever",
     "bce_loss",
+    "embed_relations",
     "entity_weights",
     "export_v1",
     "load_gfm",
