@@ -18,17 +18,18 @@ REDUCE = {"contract", "reassoc"}  # lets sums over a row use vector registers
 
 
 @kernel(fastmath=REDUCE)
-def _statistics(h, at, D, eps):
-    """Mean and 1 / sqrt(variance + eps) of h[at : at + D]."""
-    total = h.dtype.type(0)
+def _statistics(row, eps):
+    """Mean and 1 / sqrt(variance + eps) of a row."""
+    D = len(row)
+    total = row.dtype.type(0)
     for d in range(D):
-        total += h[at + d]
-    mean = total / h.dtype.type(D)
-    square = h.dtype.type(0)
+        total += row[d]
+    mean = total / row.dtype.type(D)
+    square = row.dtype.type(0)
     for d in range(D):
-        c = h[at + d] - mean
+        c = row[d] - mean
         square += c * c
-    return mean, h.dtype.type(1) / np.sqrt(square / h.dtype.type(D) + h.dtype.type(eps))
+    return mean, row.dtype.type(1) / np.sqrt(square / row.dtype.type(D) + row.dtype.type(eps))
 
 
 @kernel(parallel=True)
@@ -39,16 +40,18 @@ def _norm_kernel(h, x, sxn, sxb, has_x, weight, bias, norm, eps, out, son, sob, 
             at = (np.int64(n) * B + b) * D
             i = np.int64(n) * sxn + b * sxb
             o = np.int64(n) * son + b * sob
+            hs, ys = h[at : at + D], out[o : o + D]
             if norm:
-                mean, scale = _statistics(h, at, D, eps)
+                mean, scale = _statistics(hs, eps)
                 for d in range(D):
-                    out[o + d] = max((h[at + d] - mean) * scale * weight[d] + bias[d], zero)
+                    ys[d] = max((hs[d] - mean) * scale * weight[d] + bias[d], zero)
             else:
                 for d in range(D):
-                    out[o + d] = max(h[at + d], zero)
+                    ys[d] = max(hs[d], zero)
             if has_x:
+                xs = x[i : i + D]
                 for d in range(D):
-                    out[o + d] += x[i + d]
+                    ys[d] += xs[d]
 
 
 @kernel(parallel=True, fastmath=REDUCE)
@@ -61,26 +64,28 @@ def _norm_backward_kernel(g, sgn, sgb, h, weight, bias, norm, eps, dh, dweight, 
         for m in range(block * ROWS, min(M, (block + 1) * ROWS)):
             at = np.int64(m) * D
             i = np.int64(m // B) * sgn + (m % B) * sgb
+            hs, gs, ds = h[at : at + D], g[i : i + D], dh[at : at + D]
+            dws, dbs = dweight[block], dbias[block]
             if not norm:
                 for d in range(D):
-                    dh[at + d] = g[i + d] if h[at + d] > zero else zero
+                    ds[d] = gs[d] if hs[d] > zero else zero
                 continue
-            mean, scale = _statistics(h, at, D, eps)
+            mean, scale = _statistics(hs, eps)
             first = zero  # Σ of the gradient of the normalised row, and Σ of it times the row
             second = zero
             for d in range(D):
-                y = (h[at + d] - mean) * scale
-                v = g[i + d] if y * weight[d] + bias[d] > zero else zero
-                dweight[block, d] += v * y
-                dbias[block, d] += v
+                y = (hs[d] - mean) * scale
+                v = gs[d] if y * weight[d] + bias[d] > zero else zero
+                dws[d] += v * y
+                dbs[d] += v
                 first += v * weight[d]
                 second += v * weight[d] * y
             first /= h.dtype.type(D)
             second /= h.dtype.type(D)
             for d in range(D):
-                y = (h[at + d] - mean) * scale
-                v = g[i + d] if y * weight[d] + bias[d] > zero else zero
-                dh[at + d] = scale * (v * weight[d] - first - y * second)
+                y = (hs[d] - mean) * scale
+                v = gs[d] if y * weight[d] + bias[d] > zero else zero
+                ds[d] = scale * (v * weight[d] - first - y * second)
 
 
 def norm_forward(
@@ -116,15 +121,17 @@ def _dot_kernel(h, shn, shb, c, w, out, N, B, H):
     for n in prange(N):
         for b in range(B):
             i = np.int64(n) * shn + b * shb
+            hs, cs = h[i : i + H], c[b]
             total = zero
             for j in range(H):
-                total += max(h[i + j] + c[b, j], zero) * w[j]
+                total += max(hs[j] + cs[j], zero) * w[j]
             out[n, b] = total
 
 
 @kernel(parallel=True)
-def _dot_backward_kernel(g, h, shn, shb, c, w, dh, dc, dw, N, B, H):
+def _dot_backward_kernel(g, h, shn, shb, c, w, dh, sdn, sdb, dc, dw, N, B, H):
     zero = h.dtype.type(0)
+    one = h.dtype.type(1)
     for block in prange((N + ROWS - 1) // ROWS):
         for j in range(H):
             dw[block, j] = 0
@@ -134,32 +141,39 @@ def _dot_backward_kernel(g, h, shn, shb, c, w, dh, dc, dw, N, B, H):
         for n in range(block * ROWS, min(N, (block + 1) * ROWS)):
             for b in range(B):
                 i = np.int64(n) * shn + b * shb
-                o = (np.int64(n) * B + b) * H
+                o = np.int64(n) * sdn + b * sdb
                 v = g[n, b]
+                hs, ds, cs, dcs, dws = h[i : i + H], dh[o : o + H], c[b], dc[block, b], dw[block]
+                keep = one if b > 0 and sdb == 0 else zero  # a shared row sums over the queries
                 for j in range(H):
-                    y = h[i + j] + c[b, j]
-                    positive = y > zero
-                    dw[block, j] += v * y if positive else zero
-                    u = v * w[j] if positive else zero
-                    dh[o + j] = u
-                    dc[block, b, j] += u
+                    y = hs[j] + cs[j]
+                    u = v if y > zero else zero
+                    dws[j] += u * y
+                    u *= w[j]
+                    ds[j] = ds[j] * keep + u
+                    dcs[j] += u
+
+
+def _strides(h: Tensor) -> tuple[int, int]:
+    """Strides per node and per query; 0 per query where all share a row."""
+    return h.stride(0), 0 if h.shape[1] == 1 else h.stride(1)
 
 
 def dot_forward(h: Tensor, c: Tensor, w: Tensor) -> Tensor:
-    """[N, B] = Σ_j relu(h[n, b, j] + c[b, j]) w[j]; h [N, B, H] may be expanded over B."""
-    N, B, H = h.shape
+    """[N, B] = Σ_j relu(h[n, b, j] + c[b, j]) w[j] for h [N, B, H], or [N, 1, H] shared by the queries."""
+    N, (B, H) = len(h), c.shape
     out = h.new_empty(N, B)
-    launch(_dot_kernel, flat(h), h.stride(0), h.stride(1), c.numpy(), w.numpy(), out.numpy(), N, B, H)
+    launch(_dot_kernel, flat(h), *_strides(h), c.numpy(), w.numpy(), out.numpy(), N, B, H)
     return out
 
 
 def dot_backward(grad: Tensor, h: Tensor, c: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients (dh [N, B, H], dc [B, H], dw [H]) for grad [N, B]."""
-    N, B, H = h.shape
+    """Gradients (dh in the shape of h, dc [B, H], dw [H]) for grad [N, B]."""
+    N, (B, H) = len(h), c.shape
     blocks = (N + ROWS - 1) // ROWS
-    dh, dc, dw = h.new_empty(N, B, H), h.new_empty(blocks, B, H), h.new_empty(blocks, H)
+    dh, dc, dw = h.new_zeros(h.shape), h.new_empty(blocks, B, H), h.new_empty(blocks, H)
     launch(
-        _dot_backward_kernel, grad.numpy(), flat(h), h.stride(0), h.stride(1), c.numpy(), w.numpy(), flat(dh),
+        _dot_backward_kernel, grad.numpy(), flat(h), *_strides(h), c.numpy(), w.numpy(), flat(dh), *_strides(dh),
         dc.numpy(), dw.numpy(), N, B, H,
     )  # fmt: skip
     return dh, dc.sum(0), dw.sum(0)

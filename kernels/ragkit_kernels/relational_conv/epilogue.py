@@ -1,8 +1,8 @@
 """The rest of a GFM layer as fused ops: LayerNorm + ReLU + residual, the no-concat step, and the scoring head.
 
 A layer of the graph foundation model is h = W [x ; u] + b with u = relational_conv(x), then
-x' = relu(LayerNorm(h)) + x. `relational_step` ends one layer and begins the next: it writes x' and the next u side by side into one buffer
-Z [N, B, 2D], so the next matrix product reads Z and nothing is concatenated.
+x' = relu(LayerNorm(h)) + x. `relational_step` ends one layer and begins the next: it writes x' and the next u side by
+side into one buffer Z [N, B, 2D], so the next matrix product reads Z and nothing is concatenated.
 """
 
 from __future__ import annotations
@@ -283,7 +283,7 @@ def relu_dot(h: Tensor, c: Tensor, w: Tensor, backend: str = "auto") -> Tensor:
     With mlp([x ; q]) = w2 · relu(W_x x + W_q q + b), `h` is W_x x and `c` is W_q q + b, once per query.
 
     Args:
-        h: [N, B, H], contiguous in H; may be expanded over B (a background shared by the queries).
+        h: [N, B, H], contiguous in H; or [N, 1, H], shared by the queries.
         c: [B, H].
         w: [H].
         backend: As in `relational_conv`.
@@ -291,9 +291,10 @@ def relu_dot(h: Tensor, c: Tensor, w: Tensor, backend: str = "auto") -> Tensor:
     Returns:
         [N, B] scores, float32 (float64 for float64).
     """
-    if h.ndim != 3 or c.shape != h.shape[1:] or w.shape != h.shape[2:]:
+    fits = h.ndim == 3 and c.ndim == 2 and h.shape[1] in (1, len(c)) and h.shape[2] == c.shape[1]
+    if not fits or w.shape != h.shape[2:]:
         raise ValueError(
-            f"h must be [N, B, H], c [B, H], w [H]; found {list(h.shape)}, {list(c.shape)}, {list(w.shape)}"
+            f"h must be [N, B or 1, H], c [B, H], w [H]; found {list(h.shape)}, {list(c.shape)}, {list(w.shape)}"
         )
     if not backends.use_kernel(backend, h.device):
         return relu_dot_reference(h, c, w)
@@ -315,7 +316,7 @@ def _same(h: Tensor, c: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 @_dot.register_fake
 def _(h, c, w):
     dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
-    return h.new_empty(h.shape[0], h.shape[1], dtype=dtype)
+    return h.new_empty(h.shape[0], c.shape[0], dtype=dtype)
 
 
 @torch.library.custom_op("ragkit::relu_dot_backward", mutates_args=())
