@@ -1,8 +1,8 @@
 """numba loops of relational message passing on a CPU: parallel over rows, no [E, B, D] temporary.
 
 Work per iteration: a slab of 128 columns of one unit of the layout's work list (a run of rows with about 64 edges, or
-one heavy row). Slabs are the outer order, so that a slab of all states stays in the cache. A row is summed edge by edge
-in the layout's order, so the result does not depend on the number of threads.
+one heavy row). Slabs are the outer order, so that a slab of all states stays in the cache. A row is summed edge by
+edge in the layout's order, so the result does not depend on the number of threads.
 
 Tensors come as flat views with strides: nothing is copied, only the last dimension must be contiguous. Inner loops run
 over slices, which numba vectorises (it cannot where an index might be negative). Arguments: `x, sxn, sxb` states and

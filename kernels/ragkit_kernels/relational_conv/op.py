@@ -1,8 +1,8 @@
 """Relational message passing as a PyTorch op: checks, registration, gradients.
 
 `relational_conv` is the op; `torch.library` knows it as `ragkit::relational_conv` with a fake kernel, an autograd
-formula and an autocast rule, so it works in `torch.compile(fullgraph=True)` and in mixed precision. The backward pass gathers
-like the forward pass, over the edges sorted by source and by relation: no atomics, the same bits in every run.
+formula and an autocast rule, so it works in `torch.compile(fullgraph=True)` and in mixed precision. The backward pass
+gathers like the forward pass, over the edges sorted by source and by relation: no atomics, the same bits in every run.
 """
 
 from __future__ import annotations

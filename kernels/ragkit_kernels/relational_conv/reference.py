@@ -74,7 +74,7 @@ def _sum(messages: Tensor, dst: Tensor, start: Tensor) -> Tensor:
 
 
 def _largest(messages: Tensor, dst: Tensor, start: Tensor) -> Tensor:
-    """Largest of the boundary and a node's messages; of equal ones the boundary, then the first edge has the gradient."""
+    """Largest of the boundary and the messages; of equal ones the boundary, then the first edge, has the gradient."""
     edges = len(dst)
     index = dst[:, None, None].expand_as(messages)
     with torch.no_grad():
