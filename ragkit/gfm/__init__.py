@@ -30,9 +30,9 @@ __all__ = [
     "embed_relations",
     "entity_weights",
     "export_v1",
-    "load_gfm",
     "link_prediction_loss",
     "listce_loss",
+    "load_gfm",
     "retrieval_loss",
     "save_gfm",
 ]

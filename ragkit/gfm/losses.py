@@ -20,7 +20,7 @@ def bce_loss(logits: Tensor, target: Tensor | Sequence[Any], temperature: float 
         row = Σ_i w_i · BCE(z_i, t_i) / Σ_i w_i,  w_i = 1 / P for the P positives,
         w_i = softmax(z / T)_i over the row's negatives (no gradient); 1 / (number of negatives) for T = 0
 
-    Self-adversarial weights: Sun et al. 2019 (RotatE, arXiv:1902.10197), equation 5. A row without a positive counts
+    Self-adversarial weights: Sun et al. 2019 (RotatE, arXiv:1902.10197). A row without a positive counts
     its negatives alone, as in v1.
 
     Args:
@@ -58,7 +58,7 @@ def listce_loss(logits: Tensor, target: Tensor | Sequence[Any]) -> Tensor:
 
         row = −(1 / P) Σ_{positives} log(σ(z_i) / (Σ_j σ(z_j) + 1e-5) + 1e-5)
 
-    (GFM-RAG, arXiv:2502.01113, equation 9.) Rows without a positive have no part in it; if no row has one the loss is
+    (GFM-RAG, arXiv:2502.01113.) Rows without a positive have no part in it; if no row has one the loss is
     0 with gradient 0, where v1 gives NaN.
 
     Args:

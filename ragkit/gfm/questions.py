@@ -107,7 +107,8 @@ class QuestionSet:
                 that can be used.
         """
         name, content = read_source(source, split)
-        key = key_of("questions", graph.fingerprint, name[-6:], content, str(v1_names), encoder_identity(encoder))
+        identity = "" if cache is False else encoder_identity(encoder)  # costs a forward pass or a look at the weights
+        key = key_of("questions", graph.fingerprint, name[-6:], content, str(v1_names), identity)
         tensors, meta = cached(cache, "questions", key, lambda: _make(name, content, graph, encoder, v1_names))
         report = QuestionReport.from_json({**meta["report"], "source": name})
         if not report.ok:

@@ -78,7 +78,7 @@ def embed_relations(graph: KnowledgeGraph, encoder: TextEncoder, cache: bool | s
         [2R, F] float32.
     """
     texts = graph.relation_texts
-    key = key_of("relations", json.dumps(texts), encoder_identity(encoder))
+    key = key_of("relations", json.dumps(texts), "" if cache is False else encoder_identity(encoder))
     tensors, _ = cached(cache, "relations", key, lambda: ({"rel_emb": encode(encoder, texts, "passage")}, {}))
     graph.rel_emb = tensors["rel_emb"]
     return tensors["rel_emb"]
