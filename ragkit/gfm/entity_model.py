@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 
 import torch
@@ -64,7 +65,7 @@ class EntityModel(nn.Module):
         weights = self.edge_weights(edge_weight)
         layers: list[RelationalLayer] = list(self.layers)  # type: ignore[arg-type]
         states = propagate(layers, self.settings, layout, tables, mask, query, weights, edge_mask)
-        return states if self.settings.concat_hidden else states[-1]
+        return list(states) if self.settings.concat_hidden else deque(states, maxlen=1)[0]
 
     def edge_weights(self, edge_weight: EdgeWeight) -> list[Tensor | None]:
         """One weight tensor (or None) for each layer.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from ragkit_kernels.relational_conv import GraphLayout, norm_relu_residual, relational_conv, relational_step
@@ -54,8 +56,8 @@ def propagate(
     query: Tensor,
     edge_weights: list[Tensor | None],
     edge_mask: Tensor | None,
-) -> list[Tensor]:
-    """States after each layer.
+) -> Iterator[Tensor]:
+    """States after each layer, one by one, so that who needs the last alone does not hold the others.
 
     x_0 = mask ⊗ query is the boundary condition: it starts the states, and is added to the messages in every layer.
     The end of a layer and the message passing of the next are one op, which writes [x ; u] side by side, so that
@@ -71,30 +73,31 @@ def propagate(
         edge_weights: L times [E], or None for ones.
         edge_mask: [E] bool, False for edges that are as if they were not there; or None.
 
-    Returns:
+    Yields:
         L tensors [N, B, D] (the last [N, B, hidden_dims[-1]]); views, whose last dimension is contiguous.
     """
     if settings.aggregate_func == "pna":
-        return _propagate_pna(layers, settings, layout, tables, mask, query, edge_weights, edge_mask)
+        yield from _propagate_pna(layers, settings, layout, tables, mask, query, edge_weights, edge_mask)
+        return
     x = mask.to(query.dtype).unsqueeze(-1) * query  # [N, B, 1] * [B, D] -> [N, B, D]
     D = x.shape[-1]
     h: Tensor | None = None
     residual: Tensor | None = x
     weight: Tensor | None = None
     bias: Tensor | None = None
-    eps, states = 1e-5, []
+    eps = 1e-5
     for layer, table, edge_weight in zip(layers, tables, edge_weights, strict=True):
         z = relational_step(
             h, residual, weight, bias, table, layout, eps=eps, boundary=(mask, query), edge_weight=edge_weight,
             edge_mask=edge_mask, message=settings.message_func, aggregate=settings.aggregate_func,
         )  # [N, B, 2D]  # fmt: skip
         if h is not None:
-            states.append(z[..., :D])
+            yield z[..., :D]
         h = F.linear(z, layer.linear.weight, layer.linear.bias)  # [N, B, 2D] -> [N, B, D']
         residual = z[..., :D] if settings.short_cut and h.shape[-1] == D else None
         (weight, bias), eps = layer.norm(), layer.eps
     assert h is not None
-    return [*states, norm_relu_residual(h, residual, weight, bias, eps)]
+    yield norm_relu_residual(h, residual, weight, bias, eps)
 
 
 def _propagate_pna(
@@ -106,10 +109,9 @@ def _propagate_pna(
     query: Tensor,
     edge_weights: list[Tensor | None],
     edge_mask: Tensor | None,
-) -> list[Tensor]:
+) -> Iterator[Tensor]:
     x = mask.to(query.dtype).unsqueeze(-1) * query  # [N, B, D]
     scalers = pna_scalers(layout, edge_mask).to(query.dtype)
-    states = []
     for layer, table, edge_weight in zip(layers, tables, edge_weights, strict=True):
         planes = relational_conv(
             x, table, layout, boundary=(mask, query), edge_weight=edge_weight, edge_mask=edge_mask,
@@ -118,14 +120,13 @@ def _propagate_pna(
         h = pna_linear(layer.linear, x, planes, scalers)
         residual = x.to(h.dtype) if settings.short_cut and h.shape[-1] == x.shape[-1] else None
         x = norm_relu_residual(h, residual, *layer.norm(), layer.eps)
-        states.append(x)
-    return states
+        yield x
 
 
 def pna_scalers(layout: GraphLayout, edge_mask: Tensor | None) -> Tensor:
     """[N, 3] factors 1, s and 1 / max(s, 0.01), with s = log(edges into the node + 1) over its mean on all nodes.
 
-    Corso et al. 2020 (arXiv:2004.05718), equation 5. Where no node has an edge, s is 0.
+    Corso et al. 2020 (arXiv:2004.05718). Where no node has an edge, s is 0.
     """
     keep = None if edge_mask is None else edge_mask[layout.order.long()]
     logs = (kept_degree(layout, keep) + 1).double().log()

@@ -10,13 +10,23 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from ragkit_kernels.relational_conv import GraphLayout
 from torch import Tensor, nn
 
+from ragkit.gfm.active import ActiveRows
+from ragkit.gfm.active_states import (
+    Background,
+    active_logits,
+    background_bytes,
+    choose_rows,
+    compute_background,
+    supported,
+)
 from ragkit.gfm.easy_edges import inverse
 from ragkit.gfm.entity_model import EntityModel
 from ragkit.gfm.graph_view import GraphView, view_of
 from ragkit.gfm.masks import dense_mask
-from ragkit.gfm.relation_tables import RelationTables, TableCache, compute_tables
+from ragkit.gfm.relation_tables import KeptValue, RelationTables, compute_tables
 from ragkit.gfm.settings import GFMSettings
 
 
@@ -36,7 +46,7 @@ class GraphModel(nn.Module):
         self.entity_model = EntityModel(settings)
         self.encoder_info: dict[str, Any] | None = None
         self.new_parameters: list[str] = []
-        self._cache = TableCache()
+        self._cache = KeptValue()
 
     @property
     def device(self) -> torch.device:
@@ -52,7 +62,7 @@ class GraphModel(nn.Module):
             GraphError: The graph's relation embeddings are missing or wrong.
         """
         rel_emb = view_of(graph).check_rel_emb(getattr(graph, "rel_emb", None), self.settings.rel_emb_dim)
-        keep = not torch.is_grad_enabled() and not self.training
+        keep = self._keeps()
         weights = [*self.rel_mlp.parameters(), *self.entity_model.layers.parameters()]
         made_of = [rel_emb, *weights]
         tables = self._cache.get(made_of) if keep else None
@@ -63,18 +73,26 @@ class GraphModel(nn.Module):
                 self._cache.put(made_of, tables)
         return tables
 
+    def _keeps(self) -> bool:
+        """Whether what depends on the weights alone is kept for the next call."""
+        return not torch.is_grad_enabled() and not self.training
+
+    def _forget(self) -> None:
+        for value in self.__dict__.values():
+            if isinstance(value, KeptValue):
+                value.clear()
+
     def relation_tables(self, graph: Any) -> list[Tensor]:
         """For each layer its relation table [R, D]; see `relations`."""
         return self.relations(graph).layers
 
     def train(self, mode: bool = True) -> Any:
-        """Sets the mode, and forgets the relation tables."""
-        if hasattr(self, "_cache"):
-            self._cache.clear()
+        """Sets the mode, and forgets what was kept."""
+        self._forget()
         return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:  # .to(), .half(), ...
-        self._cache.clear()
+        self._forget()
         return super()._apply(fn, recurse)
 
 
@@ -86,6 +104,12 @@ class GNNRetriever(GraphModel):
     Args:
         settings: Sizes and kinds.
 
+    Attributes:
+        rows: "dense" computes every entity for every question; "active" the graph's background once (kept at
+            inference) and for each question the entities that it changes (see `active.py`); "auto" what has fewer
+            rows to compute. All give the same logits to rounding.
+        background_limit: Bytes of a background that "auto" may keep.
+
     Example:
         >>> model = GNNRetriever(GFMSettings(rel_emb_dim=8, input_dim=4, hidden_dims=[4, 4]))
         >>> logits = model(graph, question_embeddings, [[0], [3, 5]])  # doctest: +SKIP
@@ -94,6 +118,9 @@ class GNNRetriever(GraphModel):
     def __init__(self, settings: GFMSettings) -> None:
         super().__init__(settings)
         self.question_mlp = nn.Linear(settings.rel_emb_dim, settings.input_dim)
+        self.rows = "auto"
+        self.background_limit = 2 << 30
+        self._kept_background = KeptValue()
 
     def forward(
         self,
@@ -120,9 +147,46 @@ class GNNRetriever(GraphModel):
         """
         view = view_of(graph)
         query, mask = self.inputs(view, question_embeddings, question_entities_mask, entities_weight)
-        tables = self.relation_tables(graph)
-        states = self.entity_model.states(view.layout(self.device), tables, mask, query)
-        return self.entity_model.score(states, query).t().contiguous()  # [N, B] -> [B, N]
+        layout, tables = view.layout(self.device), self.relation_tables(graph)
+        rows = self.choose_rows(layout, mask)
+        if rows is None:
+            logits = self.entity_model.score(self.entity_model.states(layout, tables, mask, query), query)
+        else:
+            background = self.background(graph, layout, tables)
+            logits = active_logits(self.entity_model, rows, background, tables, layout, mask, query)
+        return logits.t().contiguous()  # [N, B] -> [B, N]
+
+    def choose_rows(self, layout: GraphLayout, mask: Tensor) -> ActiveRows | None:
+        """The rows that questions with this mask [N, B] change, or None for the dense path.
+
+        Raises:
+            ValueError: `rows` is none of the three, or "active" with settings that it cannot do.
+        """
+        if self.rows not in ("auto", "dense", "active"):
+            raise ValueError(f'rows must be "auto", "dense" or "active", found {self.rows!r}')
+        if self.rows == "dense":
+            return None
+        if self.rows == "active":
+            if not supported(self.entity_model):
+                raise ValueError(
+                    'rows="active" needs aggregate_func sum or mean, equal hidden_dims, num_mlp_layer=2, '
+                    "and no concat_hidden"
+                )
+            return choose_rows(self.entity_model, layout, mask, most=float("inf"))
+        if background_bytes(self.entity_model, layout.num_nodes) > self.background_limit:
+            return None
+        return choose_rows(self.entity_model, layout, mask, background_kept=self._keeps())
+
+    def background(self, graph: Any, layout: GraphLayout, tables: list[Tensor]) -> Background:
+        """A graph's states without a question; at inference kept while weights and graph stay."""
+        if not self._keeps():
+            return compute_background(self.entity_model, layout, tables)
+        made_of = [graph.rel_emb, layout.order, *self.parameters()]
+        kept = self._kept_background.get(made_of)
+        if kept is None:
+            kept = compute_background(self.entity_model, layout, tables)
+            self._kept_background.put(made_of, kept)
+        return kept
 
     def inputs(
         self,

@@ -7,7 +7,7 @@ the relation embeddings alone.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,9 +38,9 @@ def compute_tables(rel_mlp: nn.Module, layers: Iterable[RelationalLayer], rel_em
     return RelationTables(base, [layer.relation_projection(base) for layer in layers])
 
 
-class TableCache:
-    """Keeps the tables of the last graph. They are made anew when a weight or the relation embeddings were changed in
-    place, replaced or moved, when other embeddings come, and under another autocast.
+class KeptValue:
+    """A value and the tensors that it was made from. It is made anew when one of them was changed in place, replaced
+    or moved, and under another autocast.
 
     A change through `parameter.data` is not counted by PyTorch; the model calls `clear` when its mode is set, since
     training may have done that.
@@ -49,22 +49,22 @@ class TableCache:
     def __init__(self) -> None:
         self._stamps: list[Stamp] = []
         self._autocast: tuple[bool, torch.dtype] | None = None
-        self._tables: RelationTables | None = None
+        self._value: Any = None
 
-    def get(self, tensors: list[Tensor]) -> RelationTables | None:
-        """The tables, if they were made from these tensors and none has changed."""
-        if self._tables is None or self._autocast != _autocast(tensors[-1]) or len(self._stamps) != len(tensors):
+    def get(self, tensors: list[Tensor]) -> Any:
+        """The value, if it was made from these tensors and none has changed."""
+        if self._value is None or self._autocast != _autocast(tensors[-1]) or len(self._stamps) != len(tensors):
             return None
         fits = all(stamp.fits(tensor) for stamp, tensor in zip(self._stamps, tensors, strict=True))
-        return self._tables if fits else None
+        return self._value if fits else None
 
-    def put(self, tensors: list[Tensor], tables: RelationTables) -> None:
-        """Keeps tables that were made from these tensors."""
+    def put(self, tensors: list[Tensor], value: Any) -> None:
+        """Keeps a value that was made from these tensors."""
         self._stamps = [Stamp(tensor) for tensor in tensors]
-        self._autocast, self._tables = _autocast(tensors[-1]), tables
+        self._autocast, self._value = _autocast(tensors[-1]), value
 
     def clear(self) -> None:
-        """Forgets them."""
+        """Forgets it."""
         self.__init__()  # type: ignore[misc]
 
     # A copy or a pickle of a model starts with an empty cache: its weights are other tensors.

@@ -107,7 +107,7 @@ def conv_forward(
     total(True, planes[:, :, 0])
     won = torch.stack([extreme(1, planes[:, :, 1]), extreme(-1, planes[:, :, 2])])
     given = boundary if boundary is not None else (mask, query) if mask is not None and query is not None else None
-    squares = dense_boundary(given, x[:N]).square().contiguous()  # [N, B, D]
+    squares = dense_boundary(given, x.new_zeros(N, B, D)).square().contiguous()  # [N, B, D]
     launch(kernels.squares_kernel, *rows, *states, *edges, flat(squares), B, D)
     count = kept_degree(layout, keep).to(x.dtype)[:, None, None] + 1
     variance = squares / count - planes[:, :, 0].square()

@@ -175,6 +175,8 @@ def relational_step(
         raise ValueError("relational_step needs h, x or both")
     if aggregate == "pna":
         raise ValueError("relational_step has no 'pna'; use relational_conv")
+    if layout.num_dst > layout.num_nodes:
+        raise ValueError(f"relational_step cannot write {layout.num_dst} rows from {layout.num_nodes} states")
     if h is not None and layout.num_dst != layout.num_nodes:
         raise ValueError("a rectangular layout takes x alone, without h")
     given, mask, query = split_boundary(boundary)

@@ -56,7 +56,7 @@ class GraphLayout:
         by_rel: Segments per relation (R); edges = (dst, src, position in `by_dst`).
         order: [E] int32; the edge at position p of `by_dst` was given as edge `order[p]`.
 
-    A layout may be rectangular: only the first `num_dst` nodes receive messages.
+    A layout may be rectangular: `num_dst` rows receive messages of N others.
     """
 
     num_nodes: int
@@ -72,7 +72,7 @@ class GraphLayout:
 
     @property
     def num_dst(self) -> int:
-        """Nodes that receive messages: the first of the N (all, for a graph)."""
+        """Rows that receive messages (all N, for a graph)."""
         return len(self.by_dst.ptr) - 1
 
     @property
@@ -119,8 +119,6 @@ class GraphLayout:
         parts = [Segments(*(tensors[f"{part}.{f.name}"] for f in fields(Segments))) for part in PARTS]
         edges = len(tensors["order"])
         sizes = (len(parts[0].ptr) - 1, num_nodes, num_relations)
-        if sizes[0] > num_nodes:
-            raise ValueError(f"by_dst has {sizes[0]} segments, more than the {num_nodes} nodes")
         for part, segments, size in zip(PARTS, parts, sizes, strict=True):
             if len(segments.ptr) != size + 1 or segments.edges.shape != (3, edges):
                 raise ValueError(
@@ -155,7 +153,7 @@ def build_layout(
         rel: [E] integer relation ids.
         num_nodes: N > every id in `dst` and `src`.
         num_relations: R > every id in `rel`.
-        num_dst: Nodes that can receive messages, the first of the N; None: all.
+        num_dst: Rows that can receive messages, where they are not the N nodes; None: N.
 
     Returns:
         The layout, on the device of the inputs.

@@ -20,7 +20,7 @@ from ragkit_kernels.relational_conv.reference import (
     relational_conv_reference,
 )
 
-Boundary = "Tensor | tuple[Tensor, Tensor] | None"
+Boundary = Tensor | tuple[Tensor, Tensor] | None
 
 
 def relational_conv(
@@ -319,7 +319,7 @@ def _backward(ctx, grad, _):
     x, relation, boundary, mask, query, edge_weight, edge_mask, out, won, *layout = ctx.saved_tensors
     graph = GraphLayout.from_flat(layout)
     given = boundary if boundary is not None else (mask, query) if mask is not None else None
-    start = dense_boundary(given, x[: graph.num_dst]) if ctx.aggregate == "pna" and given is not None else None
+    start = dense_boundary(given, x.new_empty(0)) if ctx.aggregate == "pna" and given is not None else None
     passed, dstart = passed_back(grad, out, won, start, edge_mask, graph, ctx.aggregate)
     needs = ctx.needs_input_grad
     dx, drelation, dweight = conv_backward(

@@ -43,7 +43,7 @@ def relational_conv_reference(
     r = table[rel].unsqueeze(1) if table.ndim == 2 else table[:, rel].transpose(0, 1)  # [E, 1 or B, D]
     plain = states[src] * r if message == "distmult" else states[src] + r  # [E, B, D]
     messages = plain if weight is None else plain * weight[:, None, None]
-    start = dense_boundary(boundary, x[:N]).to(dtype)  # [N, B, D]
+    start = dense_boundary(boundary, x.new_zeros(N, *x.shape[1:])).to(dtype)  # [N, B, D]
     if aggregate == "sum":
         return _sum(messages, dst, start).to(x.dtype)
     count = torch.bincount(dst, minlength=N).to(dtype)[:, None, None] + 1  # [N, 1, 1]; the boundary counts as one
@@ -59,10 +59,10 @@ def relational_conv_reference(
     return torch.cat([mean, largest, -_largest(-messages, dst, -start), std], dim=-1).to(x.dtype)
 
 
-def dense_boundary(boundary: Tensor | tuple[Tensor, Tensor] | None, x: Tensor) -> Tensor:
-    """The boundary as [N, B, D], whichever way it was given."""
+def dense_boundary(boundary: Tensor | tuple[Tensor, Tensor] | None, nothing: Tensor) -> Tensor:
+    """The boundary as [N, B, D], whichever way it was given; `nothing` if there is none."""
     if boundary is None:
-        return torch.zeros_like(x)
+        return nothing
     if isinstance(boundary, tuple):
         mask, query = boundary
         return mask.to(query.dtype).unsqueeze(-1) * query  # [N, B, 1] * [B, D]
