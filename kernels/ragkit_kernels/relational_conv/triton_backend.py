@@ -36,12 +36,12 @@ def tile_of(B: int, D: int, aggregate: str) -> dict[str, int]:
 
     The tile has 2048 elements, 16 float32 registers of each thread per running sum; half of it for PNA, which has six.
     """
-    if B == 1:
-        lanes, block_b, block_d = (16, 1, 128) if D <= 128 else (4, 1, 512)
-    elif B <= 4 or aggregate in ("max", "pna"):
+    if B == 1 and D > 128:
+        lanes, block_b, block_d = 4, 1, 512
+    elif aggregate in ("max", "pna") or 1 < B <= 4:
         lanes, block_b, block_d = 4, 4, 128
     else:
-        lanes, block_b, block_d = 4, 8, 64
+        lanes, block_b, block_d = (16, 1, 128) if B == 1 else (4, 8, 64)
     return {"LANES": lanes // (1 + (aggregate == "pna")), "BLOCK_B": block_b, "BLOCK_D": block_d, "STAGES": 3}
 
 
@@ -103,7 +103,7 @@ def _combine(
     launch(
         triton_conv.combine_kernel, _grid(len(segments.heavy), B, D, tile),
         segments.heavy, segments.ptr, degree, *target, part, part_won, len(segments.ptr) - 1, segments.slots, B, D,
-        AGGREGATE=aggregate, **tile,
+        max_registers=168 if aggregate == "pna" else 128, AGGREGATE=aggregate, **tile,
     )  # fmt: skip
 
 
