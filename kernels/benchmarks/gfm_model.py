@@ -1,4 +1,4 @@
-"""The whole graph foundation model: ours against the same model on PyG's message passing, and active rows against dense.
+"""The whole graph foundation model: ours against the same model on PyG, and active rows against the dense path.
 
     python kernels/benchmarks/gfm_model.py [--csv FILE] [--batch 1 4] [--graph synthetic|FOLDER ...]
     python kernels/benchmarks/gfm_model.py --part rows --graph path/to/musique_plus
@@ -6,7 +6,7 @@
         --batch 1 4 8 --dtype float32 bfloat16 --without pyg
 
 Part "model": forward (inference: relation tables kept, as in use) and forward with all gradients, at 6 layers of 512
-numbers by default. "reference" is our model on plain PyTorch ops, "products" the time of its matrix products alone, the
+numbers by default. "reference" is our model on plain PyTorch ops, "products" its matrix products alone, the
 floor of the dense path. Part "rows": one question at a time from the folder's test set, on a model that keeps the
 background, against the dense path. Methods take turns within one run.
 """

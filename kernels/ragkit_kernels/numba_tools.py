@@ -28,7 +28,8 @@ def kernel(function: Callable[..., Any] | None = None, **options: Any) -> Any:
 def launch(function: Callable[..., Any], *arguments: Any) -> None:
     """Runs a kernel on as many threads as PyTorch uses."""
     with _LOCK:
-        numba.set_num_threads(max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)))
+        most = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+        numba.set_num_threads(max(1, min(torch.get_num_threads(), most)))
         function(*arguments)
 
 

@@ -88,8 +88,9 @@ def compute_background(model: EntityModel, layout: GraphLayout, tables: list[Ten
             aggregate=settings.aggregate_func,
         )  # [N, 1, 2 D]  # fmt: skip
         h = layer.linear(z)  # [N, 1, D]
+        weight, bias = layer.norm()
         residual = z[..., : settings.input_dim] if settings.short_cut else None
-        x = norm_relu_residual(h, residual, *layer.norm(), layer.eps).squeeze(1)
+        x = norm_relu_residual(h, residual, weight, bias, layer.eps).squeeze(1)
         products.append(h.squeeze(1))
         states.append(x)
     return Background(states[:-1], products, F.linear(x, head_parts(model)[0]))
@@ -176,11 +177,12 @@ def _last_states(
         node = rows.node[:count]
         h = torch.addmm(F.embedding(node, background.products[number - 1]), spread, on_update.t())  # [count, D]
         h[:before].addmm_(change, on_state.t())
+        norm, bias = layer.norm()
         residual = None
         if settings.short_cut:
             new = F.embedding(node[before:], background.states[number - 1])
             residual = torch.cat([x, new]).unsqueeze(1)
-        x = norm_relu_residual(h.unsqueeze(1), residual, *layer.norm(), layer.eps).squeeze(1)
+        x = norm_relu_residual(h.unsqueeze(1), residual, norm, bias, layer.eps).squeeze(1)
         if number < len(layers):
             change = x - F.embedding(node, background.states[number])
     return x

@@ -116,24 +116,26 @@ class GraphLayout:
         missing = [name for name in names if name not in tensors]
         if missing:
             raise ValueError(f"the layout lacks {', '.join(missing)}")
-        parts = [Segments(*(tensors[f"{part}.{f.name}"] for f in fields(Segments))) for part in PARTS]
+        by_dst, by_src, by_rel = (Segments(*(tensors[f"{p}.{f.name}"] for f in fields(Segments))) for p in PARTS)
         edges = len(tensors["order"])
-        sizes = (len(parts[0].ptr) - 1, num_nodes, num_relations)
-        for part, segments, size in zip(PARTS, parts, sizes, strict=True):
+        sizes = (len(by_dst.ptr) - 1, num_nodes, num_relations)
+        for part, segments, size in zip(PARTS, (by_dst, by_src, by_rel), sizes, strict=True):
             if len(segments.ptr) != size + 1 or segments.edges.shape != (3, edges):
                 raise ValueError(
                     f"{part} has {len(segments.ptr) - 1} segments and edges {list(segments.edges.shape)}; expected "
                     f"{size} segments and edges [3, {edges}]"
                 )
-        return cls(num_nodes, num_relations, *parts, tensors["order"])
+        return cls(num_nodes, num_relations, by_dst, by_src, by_rel, tensors["order"])
 
     def to(self, device: torch.device | str) -> GraphLayout:
         """The same layout on another device (itself if it is there already)."""
         device = torch.device(device)
         if device == self.device or (device.type == self.device.type and device.index is None):
             return self
-        moved = [Segments(*(getattr(p, f.name).to(device) for f in fields(Segments))) for p in self.parts()]
-        return GraphLayout(self.num_nodes, self.num_relations, *moved, self.order.to(device))
+        by_dst, by_src, by_rel = (
+            Segments(*(getattr(p, f.name).to(device) for f in fields(Segments))) for p in self.parts()
+        )
+        return GraphLayout(self.num_nodes, self.num_relations, by_dst, by_src, by_rel, self.order.to(device))
 
     def parts(self) -> tuple[Segments, Segments, Segments]:
         return self.by_dst, self.by_src, self.by_rel
