@@ -81,6 +81,7 @@ class Case:
         seeds = torch.randint(N, (3, batch), generator=g)
         self.mask = torch.zeros(N, batch).scatter_(0, seeds, 1.0).to(device, dtype)
         self.x_pyg = self.x.detach().transpose(0, 1).contiguous().requires_grad_()  # batch-major, as that kit has it
+        self.gradient = draw(N, batch, dim).detach()
         torch.manual_seed(2)
         self.layer = PygLayer(dim).to(device, dtype)
         self.conv = PygConv()
@@ -133,7 +134,7 @@ class Case:
                 run()
             return
         out = run()
-        torch.autograd.grad(out.sum(), self.inputs(method))
+        torch.autograd.grad(out, self.inputs(method), self.gradient.view_as(out))
 
 
 def plain_scatter(

@@ -7,10 +7,10 @@ rows and then over the blocks in order, so they do not depend on the number of t
 from __future__ import annotations
 
 import numpy as np
-import torch
 from numba import prange
 from torch import Tensor
 
+from ragkit_kernels.memory import new_empty
 from ragkit_kernels.numba_tools import flat, kernel, launch, optional
 
 ROWS = 256  # rows per block of the partial sums
@@ -105,7 +105,7 @@ def norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (dh [N, B, D], dweight [D], dbias [D]) for grad [N, B, D]; the last two are 0 without LayerNorm."""
     N, B, D = h.shape
-    dh = torch.empty_like(h)
+    dh = new_empty(h, h.shape)
     blocks = (N * B + ROWS - 1) // ROWS
     dweight, dbias = h.new_empty(blocks, D), h.new_empty(blocks, D)
     launch(
@@ -131,7 +131,6 @@ def _dot_kernel(h, shn, shb, c, w, out, N, B, H):
 @kernel(parallel=True)
 def _dot_backward_kernel(g, h, shn, shb, c, w, dh, sdn, sdb, dc, dw, N, B, H):
     zero = h.dtype.type(0)
-    one = h.dtype.type(1)
     for block in prange((N + ROWS - 1) // ROWS):
         for j in range(H):
             dw[block, j] = 0
@@ -144,13 +143,15 @@ def _dot_backward_kernel(g, h, shn, shb, c, w, dh, sdn, sdb, dc, dw, N, B, H):
                 o = np.int64(n) * sdn + b * sdb
                 v = g[n, b]
                 hs, ds, cs, dcs, dws = h[i : i + H], dh[o : o + H], c[b], dc[block, b], dw[block]
-                keep = one if b > 0 and sdb == 0 else zero  # a shared row sums over the queries
+                if b == 0 or sdb > 0:  # a row that the queries share sums over them
+                    for j in range(H):
+                        ds[j] = zero
                 for j in range(H):
                     y = hs[j] + cs[j]
                     u = v if y > zero else zero
                     dws[j] += u * y
                     u *= w[j]
-                    ds[j] = ds[j] * keep + u
+                    ds[j] += u
                     dcs[j] += u
 
 
@@ -171,7 +172,7 @@ def dot_backward(grad: Tensor, h: Tensor, c: Tensor, w: Tensor) -> tuple[Tensor,
     """Gradients (dh in the shape of h, dc [B, H], dw [H]) for grad [N, B]."""
     N, (B, H) = len(h), c.shape
     blocks = (N + ROWS - 1) // ROWS
-    dh, dc, dw = h.new_zeros(h.shape), h.new_empty(blocks, B, H), h.new_empty(blocks, H)
+    dh, dc, dw = new_empty(h, h.shape), h.new_empty(blocks, B, H), h.new_empty(blocks, H)
     launch(
         _dot_backward_kernel, grad.numpy(), flat(h), *_strides(h), c.numpy(), w.numpy(), flat(dh), *_strides(dh),
         dc.numpy(), dw.numpy(), N, B, H,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ragkit_kernels.memory import new_empty
 from ragkit_kernels.relational_conv import backends
 from ragkit_kernels.relational_conv.layout import GraphLayout
 from ragkit_kernels.relational_conv.op import (
@@ -66,7 +67,7 @@ def norm_relu_residual(
 
 @torch.library.custom_op("ragkit::norm_relu_residual", mutates_args=())
 def _norm(h: Tensor, x: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    out = torch.empty_like(h, memory_format=torch.contiguous_format)
+    out = new_empty(h, h.shape)
     _norm_into(out, h, x, weight, bias, eps)
     return out
 
@@ -217,7 +218,7 @@ def _step(
     state = h if h is not None else x
     assert state is not None
     D = state.shape[2]
-    z = state.new_empty(graph.num_dst, state.shape[1], 2 * D)
+    z = new_empty(state, (graph.num_dst, state.shape[1], 2 * D))
     left, right = z[..., :D], z[..., D:]
     if h is not None:
         _norm_into(left, h, x, weight, bias, eps)
