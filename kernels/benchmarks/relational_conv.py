@@ -24,8 +24,8 @@ from pyg_peer import PygConv, PygLayer
 from ragkit_kernels.relational_conv import (
     GraphLayout,
     build_layout,
-    norm_relu_residual,
     relational_conv,
+    relational_layer,
     relational_step,
 )
 from torch import Tensor
@@ -108,9 +108,9 @@ class Case:
     def layer_ragkit(self) -> Tensor:
         layer = self.layer
         table = layer.relation_projection(self.relation)
-        z = relational_step(None, self.x, None, None, table, self.layout, boundary=(self.mask, self.query))
-        norm = layer.layer_norm
-        return norm_relu_residual(layer.linear(z), self.x, norm.weight, norm.bias)
+        z = relational_step(self.x, table, self.layout, boundary=(self.mask, self.query))
+        linear, norm = layer.linear, layer.layer_norm
+        return relational_layer(z, linear.weight, linear.bias, norm.weight, norm.bias, None, self.layout)
 
     def layer_pyg(self) -> Tensor:
         relation = self.relation.expand(self.x.shape[1], -1, -1)

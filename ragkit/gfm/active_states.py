@@ -84,9 +84,8 @@ def compute_background(model: EntityModel, layout: GraphLayout, tables: list[Ten
     layers: Any = list(model.layers)
     for layer, table in zip(layers, tables, strict=True):
         z = relational_step(
-            None, x.unsqueeze(1), None, None, table, layout, message=settings.message_func,
-            aggregate=settings.aggregate_func,
-        )  # [N, 1, 2 D]  # fmt: skip
+            x.unsqueeze(1), table, layout, message=settings.message_func, aggregate=settings.aggregate_func
+        )  # [N, 1, 2 D]
         h = layer.linear(z)  # [N, 1, D]
         weight, bias = layer.norm()
         residual = z[..., : settings.input_dim] if settings.short_cut else None

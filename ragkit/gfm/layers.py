@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from ragkit_kernels.relational_conv import GraphLayout, norm_relu_residual, relational_conv, relational_step
+from ragkit_kernels.relational_conv import (
+    GraphLayout,
+    norm_relu_residual,
+    relational_conv,
+    relational_layer,
+    relational_step,
+)
 from ragkit_kernels.relational_conv.layout import kept_degree
 from torch import Tensor, nn
 
@@ -60,8 +67,8 @@ def propagate(
     """States after each layer, one by one, so that who needs the last alone does not hold the others.
 
     x_0 = mask ⊗ query is the boundary condition: it starts the states, and is added to the messages in every layer.
-    The end of a layer and the message passing of the next are one op, which writes [x ; u] side by side, so that
-    nothing is concatenated.
+    A layer's matrix product and what follows, and the message passing of the next layer, are one op, which writes
+    [x ; u] side by side, so that nothing is concatenated.
 
     Args:
         layers: L layers.
@@ -81,23 +88,19 @@ def propagate(
         return
     x = mask.to(query.dtype).unsqueeze(-1) * query  # [N, B, 1] * [B, D] -> [N, B, D]
     D = x.shape[-1]
-    h: Tensor | None = None
-    residual: Tensor | None = x
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    eps = 1e-5
-    for layer, table, edge_weight in zip(layers, tables, edge_weights, strict=True):
-        z = relational_step(
-            h, residual, weight, bias, table, layout, eps=eps, boundary=(mask, query), edge_weight=edge_weight,
-            edge_mask=edge_mask, message=settings.message_func, aggregate=settings.aggregate_func,
-        )  # [N, B, 2D]  # fmt: skip
-        if h is not None:
-            yield z[..., :D]
-        h = F.linear(z, layer.linear.weight, layer.linear.bias)  # [N, B, 2D] -> [N, B, D']
-        residual = z[..., :D] if settings.short_cut and h.shape[-1] == D else None
-        (weight, bias), eps = layer.norm(), layer.eps
-    assert h is not None
-    yield norm_relu_residual(h, residual, weight, bias, eps)
+    kinds: dict[str, Any] = {"message": settings.message_func, "aggregate": settings.aggregate_func}
+    steps: list[dict[str, Any]] = [
+        {"boundary": (mask, query), "edge_weight": weight, "edge_mask": edge_mask, **kinds} for weight in edge_weights
+    ]
+    z = relational_step(x, tables[0], layout, **steps[0])  # [N, B, 2D]
+    for number, layer in enumerate(layers, start=1):
+        last = number == len(layers)
+        z = relational_layer(
+            z, layer.linear.weight, layer.linear.bias, *layer.norm(), None if last else tables[number], layout,
+            residual=settings.short_cut and layer.linear.out_features == D, eps=layer.eps,
+            **({} if last else steps[number]),
+        )  # fmt: skip
+        yield z if last else z[..., :D]
 
 
 def _propagate_pna(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -72,3 +73,18 @@ def any_edges(draw) -> Edges:
     dst = torch.randint(draw(st.integers(1, few_nodes)), (count,), generator=g)
     src, rel = torch.randint(few_nodes, (count,), generator=g), torch.randint(few_relations, (count,), generator=g)
     return Edges(dst, src, rel, nodes, relations)
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:
+    """Normal numbers, the same for the same shape and seed, with gradient."""
+    g = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+
+
+def same(run: Callable[[str], torch.Tensor], inputs: list[torch.Tensor], rtol: float = 1e-10) -> None:
+    """`run("kernel")` and `run("reference")` give equal values and gradients."""
+    out, wanted = run("kernel"), run("reference")
+    torch.testing.assert_close(out, wanted, rtol=rtol, atol=rtol)
+    g = torch.randn(wanted.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(9)).to(wanted.dtype)
+    for ours, theirs in zip(torch.autograd.grad(out, inputs, g), torch.autograd.grad(wanted, inputs, g), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=rtol, atol=rtol)

@@ -176,13 +176,13 @@ def build_layout(
     if len(dst) > MAX_INT32 or num_nodes > MAX_INT32:
         raise ValueError(f"{len(dst)} edges on {num_nodes} nodes: more than int32 can count ({MAX_INT32})")
     dst, src, rel = dst.long(), src.long(), rel.long()
-    order = _sort(dst, rel, src, (num_nodes, num_relations, num_nodes))
+    order = _sort(dst, rel, src, (num_dst, num_relations, num_nodes))
     dst, src, rel = dst[order], src[order], rel[order]  # from here on, positions of by_dst
     position = torch.arange(len(dst), dtype=torch.int32, device=dst.device)
     by_dst = _segments(dst, num_dst, (src, rel, position))
-    p = _sort(src, rel, dst, (num_nodes, num_relations, num_nodes))
+    p = _sort(src, rel, dst, (num_nodes, num_relations, num_dst))
     by_src = _segments(src[p], num_nodes, (dst[p], rel[p], p))
-    p = _sort(rel, dst, src, (num_relations, num_nodes, num_nodes))
+    p = _sort(rel, dst, src, (num_relations, num_dst, num_nodes))
     by_rel = _segments(rel[p], num_relations, (dst[p], src[p], p))
     return GraphLayout(num_nodes, num_relations, by_dst, by_src, by_rel, order.int())
 
