@@ -7,14 +7,13 @@ is decided by counting rows.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from ragkit_kernels.relational_conv import (
     GraphLayout,
     norm_relu_residual,
-    relational_conv,
     relational_step,
     relu_dot,
 )
@@ -22,23 +21,10 @@ from torch import Tensor, nn
 
 from ragkit.gfm.active import ActiveRows, active_rows
 from ragkit.gfm.entity_model import EntityModel
+from ragkit.gfm.spread import Background, changed_states
 
 PAYS_BELOW = 0.6
 """Active rows are used when they are fewer than this share of the dense path's rows."""
-
-
-class Background(NamedTuple):
-    """The states of a graph without a query.
-
-    Attributes:
-        states: Before each layer [N, D]: zeros, then what the layers before it put out.
-        products: For each layer [N, D] its matrix product, before the norm.
-        hidden: [N, H] the head's first map of the last states, without the query's half.
-    """
-
-    states: list[Tensor]
-    products: list[Tensor]
-    hidden: Tensor
 
 
 def supported(model: EntityModel) -> bool:
@@ -128,60 +114,11 @@ def active_logits(
     _, on_query, first, last = head_parts(model)
     c = F.linear(query, on_query, first.bias)  # [B, H]
     scores = relu_dot(background.hidden.unsqueeze(1), c, last.weight[0]) + last.bias  # [N, 1, H], [B, H] -> [N, B]
-    x = _last_states(model, rows, background, tables, layout, mask, query)  # [M, D]
+    layers: Any = list(model.layers)
+    x = changed_states(layers, model.settings, rows, background, tables, layout, mask, query)  # [M, D]
     for b in range(len(query)):
         mine = slice(None) if len(query) == 1 else (rows.query == b).nonzero().squeeze(1)
         changed = model.score(x[mine].unsqueeze(1), query[b : b + 1]).squeeze(1)  # [M_b]
         node = rows.node[mine]
         scores = scores.index_put((node, torch.full_like(node, b)), changed)
     return scores
-
-
-def _last_states(
-    model: EntityModel,
-    rows: ActiveRows,
-    background: Background,
-    tables: list[Tensor],
-    layout: GraphLayout,
-    mask: Tensor,
-    query: Tensor,
-) -> Tensor:
-    """[M, D] states of the active rows after the last layer.
-
-    What differs from the background, `change`, is spread along the edges between active rows alone, and added to the
-    background's matrix product: h = h_background + W_x change + W_u (messages of the change). A row that has just been
-    reached has no change of its own yet, so W_x is not applied to it.
-    """
-    settings = model.settings
-    seeds, D = rows.counts[0], settings.input_dim
-    weight = mask[rows.node[:seeds], rows.query[:seeds]].to(query.dtype)
-    start = weight.unsqueeze(1) * F.embedding(rows.query[:seeds], query)  # [S, D] the boundary, elsewhere 0
-    backward = torch.is_grad_enabled() and (start.requires_grad or any(t.requires_grad for t in tables))
-    share = None
-    if settings.aggregate_func == "mean":
-        share = 1 / (layout.by_dst.ptr.diff().to(start.dtype) + 1).unsqueeze(1)[rows.node]  # [M, 1]
-    x = change = start
-    layers: Any = list(model.layers)
-    for number, (layer, table) in enumerate(zip(layers, tables, strict=True), start=1):
-        before, count = rows.counts[number - 1], rows.counts[number]
-        if settings.message_func == "transe":
-            table = torch.zeros_like(table)  # (x + r) − (background + r): the relation cancels
-        spread = relational_conv(
-            change.unsqueeze(1), table, rows.layout(number, backward), message=settings.message_func
-        ).squeeze(1)  # [count, D]  # fmt: skip
-        spread[:seeds] += start
-        if share is not None:
-            spread = spread * share[:count]
-        on_state, on_update = layer.linear.weight.split(D, dim=1)
-        node = rows.node[:count]
-        h = torch.addmm(F.embedding(node, background.products[number - 1]), spread, on_update.t())  # [count, D]
-        h[:before].addmm_(change, on_state.t())
-        norm, bias = layer.norm()
-        residual = None
-        if settings.short_cut:
-            new = F.embedding(node[before:], background.states[number - 1])
-            residual = torch.cat([x, new]).unsqueeze(1)
-        x = norm_relu_residual(h.unsqueeze(1), residual, norm, bias, layer.eps).squeeze(1)
-        if number < len(layers):
-            change = x - F.embedding(node, background.states[number])
-    return x

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from ragkit.gfm.layers import RelationalLayer, propagate
 from ragkit.gfm.settings import GFMSettings
+from ragkit.gfm.spread import first_states
 
 CHUNK_NUMBERS = 1 << 22  # numbers of the head's hidden layer that exist at once, without gradient: 16 MiB of float32
 
@@ -64,7 +66,15 @@ class EntityModel(nn.Module):
         """
         weights = self.edge_weights(edge_weight)
         layers: list[RelationalLayer] = list(self.layers)  # type: ignore[arg-type]
-        states = propagate(layers, self.settings, layout, tables, mask, query, weights, edge_mask)
+        done: list[Tensor] = []
+        if len(layers) > 1 and weights[0] is None and edge_mask is None:
+            first = first_states(layers[0], self.settings, layout, tables[0], mask, query)
+            done = [] if first is None else [first]
+        skip = len(done)
+        rest = propagate(
+            layers[skip:], self.settings, layout, tables[skip:], mask, query, weights[skip:], edge_mask, *done
+        )
+        states = chain(done, rest)
         return list(states) if self.settings.concat_hidden else deque(states, maxlen=1)[0]
 
     def edge_weights(self, edge_weight: EdgeWeight) -> list[Tensor | None]:

@@ -63,6 +63,7 @@ def propagate(
     query: Tensor,
     edge_weights: list[Tensor | None],
     edge_mask: Tensor | None,
+    start: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """States after each layer, one by one, so that who needs the last alone does not hold the others.
 
@@ -79,6 +80,7 @@ def propagate(
         query: [B, D].
         edge_weights: L times [E], or None for ones.
         edge_mask: [E] bool, False for edges that are as if they were not there; or None.
+        start: [N, B, D] the states that come in; None: x_0.
 
     Yields:
         L tensors [N, B, D] (the last [N, B, hidden_dims[-1]]); views, whose last dimension is contiguous.
@@ -86,7 +88,7 @@ def propagate(
     if settings.aggregate_func == "pna":
         yield from _propagate_pna(layers, settings, layout, tables, mask, query, edge_weights, edge_mask)
         return
-    x = mask.to(query.dtype).unsqueeze(-1) * query  # [N, B, 1] * [B, D] -> [N, B, D]
+    x = mask.to(query.dtype).unsqueeze(-1) * query if start is None else start  # [N, B, 1] * [B, D] -> [N, B, D]
     D = x.shape[-1]
     kinds: dict[str, Any] = {"message": settings.message_func, "aggregate": settings.aggregate_func}
     steps: list[dict[str, Any]] = [

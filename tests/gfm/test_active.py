@@ -89,6 +89,7 @@ def test_gives_up_beyond_the_limit():
 
 SETTINGS = {
     "default": {},
+    "mean": {"aggregate_func": "mean"},
     "transe mean": {"message_func": "transe", "aggregate_func": "mean"},
     "transe sum": {"message_func": "transe"},
     "no residual, no norm": {"short_cut": False, "layer_norm": False},
@@ -212,3 +213,33 @@ def test_settings_without_active_rows_say_so():
     assert ask(model, graph, "auto").shape == (3, graph.num_entities)
     with pytest.raises(ValueError, match='rows must be "auto", "dense" or "active", found \'fast\''):
         ask(model, graph, "fast")
+
+
+@pytest.mark.parametrize("name", ["default", "mean", "no residual, no norm", "transe sum"])
+def test_the_first_layer_from_the_rows_that_it_computes(name, monkeypatch):
+    """Switched off and on, dense states and all gradients are the same."""
+    from ragkit.gfm import spread
+
+    model, graph = model_and_graph(name)
+    results = []
+    for most in (0.0, 1.0):
+        monkeypatch.setattr(spread, "MOST_OF_FIRST", most)
+        logits = ask(model, graph, "dense", weight=torch.full((graph.num_entities,), 0.7, dtype=torch.float64))
+        g = torch.randn(logits.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+        results.append([logits, *torch.autograd.grad(logits, list(model.parameters()), g)])
+    for whole, sparse in zip(*results, strict=True):
+        torch.testing.assert_close(sparse, whole, rtol=1e-9, atol=1e-10)
+
+
+def test_the_first_layer_is_taken_whole_when_the_entities_reach_many():
+    from ragkit.gfm.spread import first_states
+
+    model, graph = model_and_graph("default", nodes=8, triples=60)
+    tables = model.relation_tables(graph)
+    query = torch.randn(1, 6, dtype=torch.float64)
+    for seeds, taken in (([0], False), ([], True)):
+        mask = torch.zeros(graph.num_entities, 1, dtype=torch.float64)
+        mask[seeds] = 1.0
+        layer = model.entity_model.layers[0]
+        found = first_states(layer, model.settings, graph.layout, tables[0], mask, query)
+        assert (found is not None) == taken
