@@ -10,6 +10,7 @@ from ragkit_kernels.relational_conv import (
     norm_relu_residual,
     relational_conv,
     relational_conv_reference,
+    relational_layer,
     relational_step,
     relu_dot,
 )
@@ -49,9 +50,10 @@ def power_law(nodes=20_000, count=100_000, relations=500, seed=0):
 
 
 def operands(layout, B, D, dtype, device="cuda"):
+    """Multiples of 1/8, so that messages are exact in every dtype and all agree on which is the largest."""
     g = torch.Generator().manual_seed(1)
     shapes = ((layout.num_nodes, B, D), (layout.num_relations, D), (B, D), (layout.num_edges,))
-    x, relation, query, weight = (torch.randn(s, generator=g).to(dtype) for s in shapes)
+    x, relation, query, weight = ((torch.randn(s, generator=g) * 8).round().div(8).to(dtype) for s in shapes)
     mask = (torch.rand(layout.num_nodes, B, generator=g) < 0.01).to(dtype)
     return [t.to(device).requires_grad_() for t in (x, relation, mask, query, weight)]
 
@@ -69,7 +71,7 @@ def test_op_on_a_large_graph(dtype, message, aggregate):
     """Against float64 on the CPU; and 20 runs give the same bits."""
     layout = power_law()
     on_gpu = layout.to("cuda")
-    leaves = operands(layout, 4, 96, DTYPES[dtype])
+    leaves = operands(layout, 3, 72, DTYPES[dtype])
     g = torch.randn(leaves[0].shape, generator=torch.Generator().manual_seed(2)).to(DTYPES[dtype])
     ours = run(leaves, on_gpu, message, aggregate, g.cuda())
     wide = [t.detach().cpu().double().requires_grad_() for t in leaves]
@@ -78,7 +80,7 @@ def test_op_on_a_large_graph(dtype, message, aggregate):
     exact = relational_conv_reference(x, relation, layout, **options)
     wanted = [exact, *torch.autograd.grad(exact, wide, g.double())]
     for k, (a, b) in enumerate(zip(ours, wanted, strict=True)):
-        error = float((a.detach().cpu().double() - b).pow(2).mean().sqrt() / b.pow(2).mean().sqrt())
+        error = float((a.detach().cpu().double() - b.detach()).norm() / b.detach().norm())
         assert error < TOLERANCE[DTYPES[dtype]] * (2 if k else 1), (k, error)
     for _ in range(19):
         again = run(leaves, on_gpu, message, aggregate, g.cuda())
@@ -96,27 +98,33 @@ def test_pna_gives_the_same_bits():
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_a_layer_and_its_head(dtype):
-    """The no-concat step, the norm and the head through their ops, with gradients, and 20 runs with the same bits."""
-    layout = power_law(3_000, 20_000, 50)
+    """The no-concat step, the norm and the head through their ops, with gradients, and 20 runs with the same bits.
+
+    Where relu bends, rounding decides, so the error is held against that of PyTorch in the same dtype.
+    """
+    layout = power_law(1_000, 8_000, 50)
     N, B, D, kind = layout.num_nodes, 4, 64, DTYPES[dtype]
     g = torch.Generator().manual_seed(4)
-    shapes = ((N, B, D), (N, B, D), (D,), (D,), (50, D), (B, D), (B, D), (D,))
+    shapes = ((N, B, D), (D, 2 * D), (D,), (D,), (D,), (50, D), (B, D), (B, D), (D,))
     values = [torch.randn(s, generator=g).to(kind) for s in shapes]
+    cotangent = torch.randn(N, B, generator=g)
 
     def layer(leaves, layout, backend):
-        h, x, weight, bias, relation, query, c, w = leaves
-        mask = torch.ones(N, B, dtype=h.dtype, device=h.device)
-        z = relational_step(h, x, weight, bias, relation, layout, boundary=(mask, query), backend=backend)
-        y = norm_relu_residual(z[..., D:].contiguous(), z[..., :D], weight, bias, backend=backend)
+        x, weight, bias, norm_weight, norm_bias, relation, query, c, w = leaves
+        options = {"boundary": (torch.ones(N, B, dtype=x.dtype, device=x.device), query), "backend": backend}
+        z = relational_step(x, relation, layout, **options)
+        z = relational_layer(z, weight / 8, bias, norm_weight, norm_bias, relation, layout, **options)
+        y = norm_relu_residual(z[..., D:].contiguous(), z[..., :D], norm_weight, norm_bias, backend=backend)
         out = relu_dot(y, c, w, backend=backend)
-        return [out, *torch.autograd.grad(out.mean(), leaves)]
+        return [out, *torch.autograd.grad(out, leaves, cotangent.to(out))]
 
     leaves = [t.cuda().requires_grad_() for t in values]
     wide = [t.double().requires_grad_() for t in values]
+    same = [t.clone().requires_grad_() for t in values]
     ours, wanted = layer(leaves, layout.to("cuda"), "kernel"), layer(wide, layout, "reference")
-    for k, (a, b) in enumerate(zip(ours, wanted, strict=True)):
-        error = float((a.detach().cpu().double() - b).pow(2).mean().sqrt() / b.pow(2).mean().sqrt())
-        assert error < 5 * TOLERANCE[kind], (k, error)  # three ops in a row
+    for k, (a, b, c) in enumerate(zip(ours, wanted, layer(same, layout, "reference"), strict=True)):
+        error, usual = (float((t.detach().cpu().double() - b.detach()).norm() / b.detach().norm()) for t in (a, c))
+        assert error < 1.5 * usual + 3 * TOLERANCE[kind], (k, error, usual)  # four ops in a row
     for _ in range(19):
         again = layer(leaves, layout.to("cuda"), "kernel")
         assert all(torch.equal(a, b) for a, b in zip(again, ours, strict=True))

@@ -41,7 +41,8 @@ def found() -> dict[str, dict]:
     for process in jobs:
         out, errors = process.communicate(timeout=1200)
         lines += out.splitlines()
-        assert process.returncode == 0, errors[-4000:]
+        done = lines[-1][:200] if lines else "nothing"  # a segmentation fault (-11) is an address out of bounds
+        assert process.returncode == 0, f"exit code {process.returncode} after {done}\n{errors[-4000:]}"
     return {line["check"]: line for line in map(json.loads, lines)}
 
 
