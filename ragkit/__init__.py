@@ -29,6 +29,9 @@ _HOME = {
     "LSRTrainer": "ragkit.tuning.lsr",
     "RALTTrainer": "ragkit.tuning.ralt",
     "TrainerManager": "ragkit.tuning.manager",
+    "KnowledgeGraph": "ragkit.graph.knowledge_graph",
+    "GNNRetriever": "ragkit.gfm.model",
+    "load_gfm": "ragkit.gfm.checkpoint",
     "evaluate": "ragkit.evaluation",
     "compare": "ragkit.evaluation",
 }
@@ -37,6 +40,9 @@ __all__ = ["__version__", *_HOME]
 if TYPE_CHECKING:
     from ragkit.config import LSRConfig, RAGConfig, RALTConfig, TrainConfig, load_config
     from ragkit.evaluation import compare, evaluate
+    from ragkit.gfm.checkpoint import load_gfm
+    from ragkit.gfm.model import GNNRetriever
+    from ragkit.graph.knowledge_graph import KnowledgeGraph
     from ragkit.prompts import PromptTemplate
     from ragkit.rag.corpus import Passage, load_corpus
     from ragkit.rag.generator import Generator

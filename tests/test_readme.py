@@ -39,6 +39,27 @@ def test_settings_in_the_shell_examples_are_valid():
 
 
 @pytest.mark.slow
+def test_a_graph_foundation_model_on_your_graph(tmp_path):
+    """The README's example as it stands, on the small world's graph and a checkpoint with random weights."""
+    import torch
+
+    import ragkit
+    from ragkit.gfm import GFMSettings, GNNRetriever, save_gfm
+
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if "load_gfm" in block]
+    (tmp_path / "my_dataset").symlink_to(Path(ragkit.__file__).parent / "small_world" / "data")
+    torch.manual_seed(0)
+    model = GNNRetriever(GFMSettings(rel_emb_dim=384, input_dim=8, hidden_dims=[8, 8]))
+    save_gfm(model, tmp_path / "my_checkpoint")
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "RAGKIT_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    titles = json.loads(done.stdout.splitlines()[-1].replace("'", '"'))
+    graph = ragkit.KnowledgeGraph.load("small_world")
+    assert len(titles) == 2 and all(title in graph.documents for title in titles)
+
+
+@pytest.mark.slow
 def test_own_data_in_ten_lines(tmp_path):
     """The README's example as it stands, on a corpus of a few rows."""
     (code,) = [block for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if "my_corpus" in block]

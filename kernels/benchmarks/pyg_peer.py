@@ -1,7 +1,8 @@
 """The peer: the same maths on PyG's message passing, as GFM-RAG's and ULTRA's layers do it without their C++ kernel.
 
-Messages are gathered, multiplied, joined with the boundary and scattered as [E + N, B, D] tensors; every query has its
-own copy of the relation table and of its projection; states and update, states and query are concatenated.
+Messages are gathered, multiplied, joined with the boundary, multiplied by their edge weights (ones) and scattered, as
+[B, E + N, D] tensors; every query has its own copy of the relation table and of its projection; states and update,
+states and query are concatenated.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class PygConv(MessagePassing):
 
     def aggregate(self, inputs: Tensor, index: Tensor, dim_size: int) -> Tensor:
         index = torch.cat([index, torch.arange(dim_size, device=index.device)])
-        return scatter(inputs, index, dim=1, dim_size=dim_size, reduce="sum")
+        weight = torch.ones(len(index), 1, device=inputs.device, dtype=inputs.dtype)
+        return scatter(inputs * weight, index, dim=1, dim_size=dim_size, reduce="sum")
 
 
 class PygLayer(nn.Module):

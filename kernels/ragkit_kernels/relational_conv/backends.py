@@ -31,10 +31,11 @@ def available(device_type: str) -> str | None:
     return found
 
 
-def use_kernel(backend: str, device: torch.device) -> bool:
+def use_kernel(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> bool:
     """Whether an op on this device runs in its compiled kernel.
 
     Args:
+        device, dtype: Of the op's main tensor; there is no GPU kernel for float64.
         backend: "auto": the kernel where there is one; "kernel": the kernel, or an error; "reference": plain PyTorch.
 
     Raises:
@@ -45,9 +46,9 @@ def use_kernel(backend: str, device: torch.device) -> bool:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; found {backend!r}")
     if backend == "reference":
         return False
-    found = available(device.type) is not None
+    found = available(device.type) is not None and not (device.type == "cuda" and dtype == torch.float64)
     if backend == "kernel" and not found:
-        raise RuntimeError(f"there is no kernel for tensors on {device.type}; use backend='reference'")
+        raise RuntimeError(f"there is no kernel for {dtype} on {device.type}; use backend='reference'")
     return found
 
 

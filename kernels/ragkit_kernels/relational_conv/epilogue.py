@@ -39,7 +39,7 @@ def norm_relu_residual(
         )
     if (weight is None) != (bias is None):
         raise ValueError("weight and bias of the LayerNorm come together")
-    if not backends.use_kernel(backend, h.device):
+    if not backends.use_kernel(backend, h.device, h.dtype):
         return norm_relu_residual_reference(h, x, weight, bias, eps)
     return torch.ops.ragkit.norm_relu_residual(h, x, weight, bias, eps)
 
@@ -136,7 +136,7 @@ def relu_dot(h: Tensor, c: Tensor, w: Tensor, backend: str = "auto") -> Tensor:
         raise ValueError(
             f"h must be [N, B or 1, H], c [B, H], w [H]; found {list(h.shape)}, {list(c.shape)}, {list(w.shape)}"
         )
-    if not backends.use_kernel(backend, h.device):
+    if not backends.use_kernel(backend, h.device, h.dtype):
         return relu_dot_reference(h, c, w)
     return torch.ops.ragkit.relu_dot(h, c, w)
 

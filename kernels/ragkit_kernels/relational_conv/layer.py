@@ -58,7 +58,7 @@ def relational_step(
     given, mask, query = split_boundary(boundary)
     check(x, relation, layout, given, mask, query, edge_weight, edge_mask, message, aggregate)
     _check_square(layout, aggregate)
-    if not backends.use_kernel(backend, x.device):
+    if not backends.use_kernel(backend, x.device, x.dtype):
         update = relational_conv_reference(
             x, relation, layout, boundary=boundary, edge_weight=edge_weight, edge_mask=edge_mask, message=message,
             aggregate=aggregate,
@@ -124,7 +124,7 @@ def relational_layer(
     if relation is not None:
         check(z[..., :D], relation, layout, given, mask, query, edge_weight, edge_mask, message, aggregate)
         _check_square(layout, aggregate)
-    if not backends.use_kernel(backend, z.device):
+    if not backends.use_kernel(backend, z.device, z.dtype):
         h = torch.nn.functional.linear(z, weight, bias)
         x = norm_relu_residual_reference(h, z[..., :D] if residual else None, norm_weight, norm_bias, eps)
         if relation is None:

@@ -73,7 +73,7 @@ def relational_conv(
     """
     given, mask, query = split_boundary(boundary)
     check(x, relation, layout, given, mask, query, edge_weight, edge_mask, message, aggregate)
-    if not backends.use_kernel(backend, x.device):
+    if not backends.use_kernel(backend, x.device, x.dtype):
         return relational_conv_reference(
             x, relation, layout, boundary=boundary, edge_weight=edge_weight, edge_mask=edge_mask, message=message,
             aggregate=aggregate,
@@ -275,16 +275,18 @@ def passed_back(
     if aggregate == "mean":
         scaled = grad / count
         return scaled, scaled
-    D = grad.shape[-1] // 4
-    dmean, dmax, dmin, dstd = grad.unflatten(-1, (4, D)).unbind(-2)  # [N, B, D] each
-    mean, _, _, std = out.unflatten(-1, (4, D)).unbind(-2)
-    dvariance = torch.where(std.square() > PNA_EPS * (1 + 1e-5), dstd / (2 * std), 0)
+    D, wide = grad.shape[-1] // 4, accumulate(grad)
+    dmean, dmax, dmin, dstd = grad.to(wide).unflatten(-1, (4, D)).unbind(-2)  # [N, B, D] each
+    mean, _, _, std = out.to(wide).unflatten(-1, (4, D)).unbind(-2)
+    count = count.to(wide)
+    margin = 1e-5 + 4 * torch.finfo(out.dtype).eps * (out.dtype != wide)  # a clamped value is stored rounded
+    dvariance = torch.where(std.square() > PNA_EPS * (1 + margin), dstd / (2 * std), 0)
     dsum = (dmean - 2 * mean * dvariance) / count
     dsquares = dvariance / count
     dstart = dsum + dmax.masked_fill(won[0] >= 0, 0) + dmin.masked_fill(won[1] >= 0, 0)
     if start is not None:
         dstart = dstart + 2 * start * dsquares
-    return torch.cat([dsum, dmax, dmin, dsquares], -1), dstart
+    return torch.cat([dsum, dmax, dmin, dsquares], -1).to(grad.dtype), dstart.to(grad.dtype)
 
 
 def unit_stride(grad: Tensor) -> Tensor:
