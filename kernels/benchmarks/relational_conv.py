@@ -26,6 +26,7 @@ from ragkit_kernels.relational_conv import (
     build_layout,
     relational_conv,
     relational_layer,
+    relational_layer_,
     relational_step,
 )
 from torch import Tensor
@@ -110,7 +111,8 @@ class Case:
         table = layer.relation_projection(self.relation)
         z = relational_step(self.x, table, self.layout, boundary=(self.mask, self.query))
         linear, norm = layer.linear, layer.layer_norm
-        return relational_layer(z, linear.weight, linear.bias, norm.weight, norm.bias, None, self.layout)
+        run = relational_layer if torch.is_grad_enabled() else relational_layer_
+        return run(z, linear.weight, linear.bias, norm.weight, norm.bias, None, self.layout)
 
     def layer_pyg(self) -> Tensor:
         relation = self.relation.expand(self.x.shape[1], -1, -1)

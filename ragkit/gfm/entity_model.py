@@ -72,7 +72,16 @@ class EntityModel(nn.Module):
             done = [] if first is None else [first]
         skip = len(done)
         rest = propagate(
-            layers[skip:], self.settings, layout, tables[skip:], mask, query, weights[skip:], edge_mask, *done
+            layers[skip:],
+            self.settings,
+            layout,
+            tables[skip:],
+            mask,
+            query,
+            weights[skip:],
+            edge_mask,
+            start=done[0] if done else None,
+            in_place=not self.settings.concat_hidden and not torch.is_grad_enabled(),
         )
         states = chain(done, rest)
         return list(states) if self.settings.concat_hidden else deque(states, maxlen=1)[0]

@@ -12,6 +12,7 @@ from ragkit_kernels.relational_conv import (
     norm_relu_residual,
     relational_conv,
     relational_layer,
+    relational_layer_,
     relational_step,
 )
 from ragkit_kernels.relational_conv.layout import kept_degree
@@ -64,6 +65,7 @@ def propagate(
     edge_weights: list[Tensor | None],
     edge_mask: Tensor | None,
     start: Tensor | None = None,
+    in_place: bool = False,
 ) -> Iterator[Tensor]:
     """States after each layer, one by one, so that who needs the last alone does not hold the others.
 
@@ -81,6 +83,7 @@ def propagate(
         edge_weights: L times [E], or None for ones.
         edge_mask: [E] bool, False for edges that are as if they were not there; or None.
         start: [N, B, D] the states that come in; None: x_0.
+        in_place: Without gradient: all layers work in one buffer, so a state holds only until the next is asked for.
 
     Yields:
         L tensors [N, B, D] (the last [N, B, hidden_dims[-1]]); views, whose last dimension is contiguous.
@@ -96,10 +99,11 @@ def propagate(
     ]
     z = relational_step(x, tables[0], layout, **steps[0])  # [N, B, 2D]
     for number, layer in enumerate(layers, start=1):
-        last = number == len(layers)
-        z = relational_layer(
+        last, same = number == len(layers), layer.linear.out_features == D
+        run = relational_layer_ if in_place and same else relational_layer
+        z = run(
             z, layer.linear.weight, layer.linear.bias, *layer.norm(), None if last else tables[number], layout,
-            residual=settings.short_cut and layer.linear.out_features == D, eps=layer.eps,
+            residual=settings.short_cut and same, eps=layer.eps,
             **({} if last else steps[number]),
         )  # fmt: skip
         yield z if last else z[..., :D]

@@ -9,6 +9,7 @@ from ragkit_kernels.relational_conv import (
     build_layout,
     relational_conv,
     relational_layer,
+    relational_layer_,
     relational_step,
     relu_dot,
 )
@@ -49,6 +50,40 @@ def test_layer_is_what_it_says():
     out = relational_layer(z, w, b, g, c, r, LAYOUT, **run)
     torch.testing.assert_close(out, torch.cat([state, relational_conv(state, r, LAYOUT, **run)], -1))
     torch.testing.assert_close(relational_layer(z, w, b, g, c, None, LAYOUT), state)
+
+
+@pytest.mark.parametrize("backend", ["kernel", "reference"])
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_in_place_is_the_same_without_gradient(dtype, residual, backend, monkeypatch):
+    """Blocks of 5 rows, so that the last one is short."""
+    from ragkit_kernels.relational_conv import layer_ops
+
+    monkeypatch.setattr(layer_ops, "CACHED_NUMBERS", 5 * B * D)
+    z, w, b, g, c = (t.detach().to(dtype) for t in operands())
+    r, q = draw(R, D).detach().to(dtype), draw(B, D, seed=3).detach().to(dtype)
+    run = {"boundary": (seeds(dtype), q), "residual": residual, "backend": backend}
+    wanted = relational_layer(z, w, b, g, c, r, LAYOUT, **run)
+    last = relational_layer(wanted, w, b, None, None, None, LAYOUT, residual=residual, backend=backend)
+    work = z.clone()
+    out = relational_layer_(work, w, b, g, c, r, LAYOUT, **run)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-2}[dtype]
+    assert out.data_ptr() == work.data_ptr()
+    torch.testing.assert_close(out, wanted, rtol=tolerance, atol=tolerance)
+    out = relational_layer_(work, w, b, None, None, None, LAYOUT, residual=residual, backend=backend)
+    torch.testing.assert_close(out, last, rtol=5 * tolerance, atol=5 * tolerance)
+
+
+def test_in_place_has_no_gradient_and_says_so():
+    with pytest.raises(RuntimeError, match="relational_layer_ has no gradient; use relational_layer"):
+        relational_layer_(*operands(), draw(R, D), LAYOUT)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        z = relational_step(draw(N, B, D).float(), draw(R, D).float(), LAYOUT)
+        w, b, g, c = (t.float() for t in operands()[1:])
+        wanted = relational_layer(z, w, b, g, c, draw(R, D).float(), LAYOUT)
+        out = relational_layer_(z, w, b, g, c, draw(R, D).float(), LAYOUT)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, wanted, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("norm", [True, False])
@@ -119,6 +154,8 @@ def test_opcheck():
         opcheck(torch.ops.ragkit.relational_step.default, (draw(N, B, D), *tail))
         opcheck(torch.ops.ragkit.relational_layer.default, (z, w, b, g, c, 1e-5, True, *tail))
     last = (None, None, None, None, None, None, flat, "distmult", "sum")
+    free = [t.detach() for t in (z, w, b, g, c)]
+    opcheck(torch.ops.ragkit.relational_layer_.default, (*free, 1e-5, True, *last))
     opcheck(torch.ops.ragkit.relational_layer.default, (z, w, None, None, None, 1e-5, False, *last))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ragkit_kernels.relational_conv.epilogue import norm_relu_residual, relu_dot
-from ragkit_kernels.relational_conv.layer import relational_layer, relational_step
+from ragkit_kernels.relational_conv.layer import relational_layer, relational_layer_, relational_step
 from ragkit_kernels.relational_conv.layout import GraphLayout, build_layout
 from ragkit_kernels.relational_conv.op import relational_conv
 from ragkit_kernels.relational_conv.reference import AGGREGATES, MESSAGES, relational_conv_reference
@@ -17,6 +17,7 @@ __all__ = [
     "relational_conv",
     "relational_conv_reference",
     "relational_layer",
+    "relational_layer_",
     "relational_step",
     "relu_dot",
 ]

@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ragkit_kernels.memory import new_empty
 from ragkit_kernels.numba_tools import flat, launch, optional
 from ragkit_kernels.relational_conv import cpu_conv as kernels
 from ragkit_kernels.relational_conv.cpu_epilogue import dot_backward, dot_forward, norm_backward, norm_forward
@@ -94,7 +93,7 @@ def conv_forward(
         launch(kernels.sum_kernel, *rows, *states, *edges, mean, *start, *target)
 
     def extreme(sign: int, to: Tensor) -> Tensor:
-        won = new_empty(x, (N, B, D), torch.int32)
+        won = x.new_empty((N, B, D), dtype=torch.int32)
         target = (flat(to), to.stride(0), to.stride(1), flat(won), B, D)
         launch(kernels.max_kernel, *rows, *states, *edges, sign, *start, *target)
         return won
@@ -177,7 +176,7 @@ def conv_backward_relation(
 ) -> Tensor:
     """Gradient of the relation table, in its shape; summed over the batch if the table is shared. See above."""
     B, D = x.shape[1:]
-    out = new_empty(x, relation.shape)
+    out = x.new_empty(relation.shape)
     rows = _rows(layout.by_rel)
     edges = _edges(x, weight, keep)
     states = (flat(x), x.stride(0), x.stride(1), *_relation(relation))

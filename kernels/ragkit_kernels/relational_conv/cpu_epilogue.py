@@ -10,7 +10,6 @@ import numpy as np
 from numba import prange
 from torch import Tensor
 
-from ragkit_kernels.memory import new_empty
 from ragkit_kernels.numba_tools import flat, kernel, launch, optional
 
 ROWS = 256  # rows per block of the partial sums
@@ -33,22 +32,25 @@ def _statistics(row, eps):
 
 
 @kernel(parallel=True)
-def _norm_kernel(h, x, sxn, sxb, has_x, weight, bias, norm, eps, out, son, sob, N, B, D):
-    zero = h.dtype.type(0)
+def _norm_kernel(h, x, sxn, sxb, has_x, in_place, weight, bias, norm, eps, out, son, sob, N, B, D):
+    zero, one = h.dtype.type(0), h.dtype.type(1)
     for n in prange(N):
         for b in range(B):
             at = (np.int64(n) * B + b) * D
             i = np.int64(n) * sxn + b * sxb
             o = np.int64(n) * son + b * sob
             hs, ys = h[at : at + D], out[o : o + D]
-            if norm:
-                mean, scale = _statistics(hs, eps)
+            mean, scale = _statistics(hs, eps) if norm else (zero, one)
+            if not in_place:  # else y takes the place of x, to which it is added
                 for d in range(D):
-                    ys[d] = max((hs[d] - mean) * scale * weight[d] + bias[d], zero)
+                    ys[d] = zero
+            if norm:
+                for d in range(D):
+                    ys[d] += max((hs[d] - mean) * scale * weight[d] + bias[d], zero)
             else:
                 for d in range(D):
-                    ys[d] = max(hs[d], zero)
-            if has_x:
+                    ys[d] += max(hs[d], zero)
+            if has_x and not in_place:
                 xs = x[i : i + D]
                 for d in range(D):
                     ys[d] += xs[d]
@@ -91,12 +93,15 @@ def _norm_backward_kernel(g, sgn, sgb, h, weight, bias, norm, eps, dh, dweight, 
 def norm_forward(
     h: Tensor, x: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, out: Tensor
 ) -> None:
-    """out [N, B, D] (strided) = relu(LayerNorm(h)) + x, for contiguous h; without weight there is no LayerNorm."""
+    """out [N, B, D] (strided) = relu(LayerNorm(h)) + x, for contiguous h; without weight there is no LayerNorm.
+
+    `x` may be `out` itself.
+    """
     N, B, D = h.shape
     sxn, sxb = (0, 0) if x is None else (x.stride(0), x.stride(1))
     launch(
-        _norm_kernel, flat(h), optional(x, h), sxn, sxb, x is not None, optional(weight, h), optional(bias, h),
-        weight is not None, eps, flat(out), out.stride(0), out.stride(1), N, B, D,
+        _norm_kernel, flat(h), optional(x, h), sxn, sxb, x is not None, x is out,
+        optional(weight, h), optional(bias, h), weight is not None, eps, flat(out), out.stride(0), out.stride(1), N, B, D,
     )  # fmt: skip
 
 
@@ -105,7 +110,7 @@ def norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (dh [N, B, D], dweight [D], dbias [D]) for grad [N, B, D]; the last two are 0 without LayerNorm."""
     N, B, D = h.shape
-    dh = new_empty(h, h.shape)
+    dh = h.new_empty(h.shape)
     blocks = (N * B + ROWS - 1) // ROWS
     dweight, dbias = h.new_empty(blocks, D), h.new_empty(blocks, D)
     launch(
@@ -172,7 +177,7 @@ def dot_backward(grad: Tensor, h: Tensor, c: Tensor, w: Tensor) -> tuple[Tensor,
     """Gradients (dh in the shape of h, dc [B, H], dw [H]) for grad [N, B]."""
     N, (B, H) = len(h), c.shape
     blocks = (N + ROWS - 1) // ROWS
-    dh, dc, dw = new_empty(h, h.shape), h.new_empty(blocks, B, H), h.new_empty(blocks, H)
+    dh, dc, dw = h.new_empty(h.shape), h.new_empty(blocks, B, H), h.new_empty(blocks, H)
     launch(
         _dot_backward_kernel, grad.numpy(), flat(h), *_strides(h), c.numpy(), w.numpy(), flat(dh), *_strides(dh),
         dc.numpy(), dw.numpy(), N, B, H,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ragkit_kernels.memory import new_empty
 from ragkit_kernels.relational_conv import backends
 from ragkit_kernels.relational_conv.op import no_second_derivative, unit_stride
 from ragkit_kernels.relational_conv.reference import norm_relu_residual_reference, relu_dot_reference
@@ -46,7 +45,7 @@ def norm_relu_residual(
 
 @torch.library.custom_op("ragkit::norm_relu_residual", mutates_args=())
 def _norm(h: Tensor, x: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    out = new_empty(h, h.shape)
+    out = h.new_empty(h.shape)
     norm_into(out, h, x, weight, bias, eps)
     return out
 

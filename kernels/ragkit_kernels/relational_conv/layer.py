@@ -11,22 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ragkit_kernels.memory import new_empty
-from ragkit_kernels.relational_conv import backends
-from ragkit_kernels.relational_conv.epilogue import norm_backward, norm_into
-from ragkit_kernels.relational_conv.layout import GraphLayout
-from ragkit_kernels.relational_conv.op import (
-    Boundary,
-    boundary_gradients,
-    check,
-    conv_backward,
-    conv_into,
-    no_second_derivative,
-    passed_back,
-    register_autocast,
-    split_boundary,
-    unit_stride,
+from ragkit_kernels.relational_conv import (
+    backends,
+    layer_ops,  # noqa: F401  registers the ops
 )
+from ragkit_kernels.relational_conv.layout import GraphLayout
+from ragkit_kernels.relational_conv.op import Boundary, check, split_boundary
 from ragkit_kernels.relational_conv.reference import norm_relu_residual_reference, relational_conv_reference
 
 
@@ -111,15 +101,8 @@ def relational_layer(
         ValueError: As in `relational_step`, or weights that do not fit z.
     """
     D = z.shape[-1] // 2
-    if z.ndim != 3 or not z.is_contiguous():
-        raise ValueError(f"z must be contiguous [N, B, 2 D], found {list(z.shape)} with strides {z.stride()}")
-    narrow = residual or relation is not None  # only the last layer may put out another size
-    if weight.ndim != 2 or weight.shape[1] != 2 * D or (narrow and weight.shape[0] != D):
-        raise ValueError(
-            f"weight must be [{D if narrow else 'any'}, {2 * D}] for z {list(z.shape)}, found {list(weight.shape)}"
-        )
-    if (norm_weight is None) != (norm_bias is None):
-        raise ValueError("weight and bias of the LayerNorm come together")
+    # Only the last layer may put out another size.
+    _check_layer(z, weight, norm_weight, norm_bias, residual or relation is not None)
     given, mask, query = split_boundary(boundary)
     if relation is not None:
         check(z[..., :D], relation, layout, given, mask, query, edge_weight, edge_mask, message, aggregate)
@@ -140,190 +123,74 @@ def relational_layer(
     )[0]  # fmt: skip
 
 
-def _check_square(layout: GraphLayout, aggregate: str) -> None:
-    if aggregate == "pna":
-        raise ValueError("the fused layer has no 'pna'; use relational_conv")
-    if layout.num_dst != layout.num_nodes:
-        raise ValueError(f"the fused layer needs as many rows as nodes, found {layout.num_dst} and {layout.num_nodes}")
-
-
-@torch.library.custom_op("ragkit::relational_step", mutates_args=())
-def _step(
-    x: Tensor,
-    relation: Tensor,
-    boundary: Tensor | None,
-    mask: Tensor | None,
-    query: Tensor | None,
-    edge_weight: Tensor | None,
-    edge_mask: Tensor | None,
-    layout: list[Tensor],
-    message: str,
-    aggregate: str,
-) -> tuple[Tensor, Tensor]:
-    graph = GraphLayout.from_flat(layout)
-    N, B, D = x.shape
-    z = new_empty(x, (N, B, 2 * D))
-    z[..., :D].copy_(x)
-    won = conv_into(z[..., D:], x, relation, boundary, mask, query, edge_weight, edge_mask, graph, message, aggregate)
-    return z, won
-
-
-def _fake_won(x: Tensor, width: int, aggregate: str) -> Tensor:
-    return x.new_empty((x.shape[0], x.shape[1], width) if aggregate == "max" else (0,), dtype=torch.int32)
-
-
-@_step.register_fake
-def _(x, relation, boundary, mask, query, edge_weight, edge_mask, layout, message, aggregate):
-    N, B, D = x.shape
-    return x.new_empty(N, B, 2 * D), _fake_won(x, D, aggregate)
-
-
-def _step_setup(ctx, inputs, output):
-    _, relation, boundary, mask, query, edge_weight, edge_mask, layout, message, aggregate = inputs
-    z, won = output
-    ctx.mark_non_differentiable(won)
-    ctx.save_for_backward(relation, mask, query, edge_weight, edge_mask, z, won, *layout)
-    ctx.message, ctx.aggregate = message, aggregate
-
-
-def _conv_gradients(ctx, grad, saved, needs, need_state):
-    """Gradients of x', relation, (boundary, mask, query) and edge_weight from that of Z' = [x' ; update]."""
-    relation, mask, query, edge_weight, edge_mask, z, won, *layout = saved
-    D = z.shape[-1] // 2
-    grad = unit_stride(grad)
-    passed, dstart = passed_back(grad[..., D:], z, won, None, edge_mask, GraphLayout.from_flat(layout), ctx.aggregate)
-    dstate, drelation, dweight = conv_backward(
-        passed, won, z[..., :D], relation, edge_weight, edge_mask, layout, ctx.message, ctx.aggregate, grad[..., :D],
-        [need_state, needs[0], needs[4]],
-    )  # fmt: skip
-    first = boundary_gradients(dstart, mask, query, needs[1:4])
-    return dstate, drelation if needs[0] else None, *first, dweight if needs[4] else None
-
-
-def _step_grad(ctx, grad, _):
-    saved, needs = ctx.saved_tensors, ctx.needs_input_grad
-    dx, *others = _conv_gradients(ctx, grad, saved, needs[1:6], needs[0])
-    return dx if needs[0] else None, *others, None, [None] * (len(saved) - 7), None, None
-
-
-_step.register_autograd(_step_grad, setup_context=_step_setup)
-register_autocast("relational_step", floats=(0, 1, 2, 4))
-
-
-@torch.library.custom_op("ragkit::relational_layer", mutates_args=())
-def _layer(
+def relational_layer_(
     z: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
-    eps: float,
-    residual: bool,
     relation: Tensor | None,
-    boundary: Tensor | None,
-    mask: Tensor | None,
-    query: Tensor | None,
-    edge_weight: Tensor | None,
-    edge_mask: Tensor | None,
-    layout: list[Tensor],
-    message: str,
-    aggregate: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(Z' or x', h [N, B, D'], winners)."""
-    N, B, width = z.shape
-    D, rows = width // 2, z.view(N * B, width)
-    h = new_empty(z, (N, B, len(weight)))
-    product = h.view(N * B, len(weight))
-    if bias is None:
-        torch.mm(rows, weight.t(), out=product)
+    layout: GraphLayout,
+    *,
+    residual: bool = True,
+    eps: float = 1e-5,
+    boundary: Boundary = None,
+    edge_weight: Tensor | None = None,
+    edge_mask: Tensor | None = None,
+    message: str = "distmult",
+    aggregate: str = "sum",
+    backend: str = "auto",
+) -> Tensor:
+    """`relational_layer` for inference: in place, so that a whole network runs in one buffer.
+
+    The matrix product goes by blocks of rows, whose result is used while it is in the cache; x' takes the place of x,
+    and the next update that of the last. Arguments as in `relational_layer`, with D' = D and weights of Z's dtype.
+
+    Returns:
+        z itself, or its left half x' (a view) if `relation` is None.
+
+    Raises:
+        RuntimeError: Gradients are wanted.
+        ValueError: As in `relational_layer`.
+    """
+    D = z.shape[-1] // 2
+    given, mask, query = split_boundary(boundary)
+    _check_layer(z, weight, norm_weight, norm_bias, True)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (z, weight, relation, query, given)):
+        raise RuntimeError("relational_layer_ has no gradient; use relational_layer")
+    if relation is not None:
+        check(z[..., :D], relation, layout, given, mask, query, edge_weight, edge_mask, message, aggregate)
+        _check_square(layout, aggregate)
+    if not backends.use_kernel(backend, z.device, z.dtype):
+        out = relational_layer(
+            z, weight, bias, norm_weight, norm_bias, relation, layout, residual=residual, eps=eps, boundary=boundary,
+            edge_weight=edge_weight, edge_mask=edge_mask, message=message, aggregate=aggregate, backend=backend,
+        )  # fmt: skip
+        z[..., : out.shape[-1]].copy_(out)
     else:
-        torch.addmm(bias, rows, weight.t(), out=product)
-    before = z[..., :D] if residual else None
-    if relation is None:
-        x = new_empty(z, h.shape)
-        norm_into(x, h, before, norm_weight, norm_bias, eps)
-        return x, h, z.new_empty(0, dtype=torch.int32)
-    graph = GraphLayout.from_flat(layout)
-    out = new_empty(z, (N, B, 2 * len(weight)))
-    x, update = out[..., : len(weight)], out[..., len(weight) :]
-    norm_into(x, h, before, norm_weight, norm_bias, eps)
-    won = conv_into(update, x, relation, boundary, mask, query, edge_weight, edge_mask, graph, message, aggregate)
-    return out, h, won
+        torch.ops.ragkit.relational_layer_(
+            z, weight, bias, norm_weight, norm_bias, eps, residual, relation, given, mask, query, edge_weight,
+            edge_mask, layout.flat(), message, aggregate,
+        )  # fmt: skip
+    return z[..., :D] if relation is None else z
 
 
-@_layer.register_fake
-def _(
-    z, weight, bias, norm_weight, norm_bias, eps, residual, relation, boundary, mask, query, edge_weight, edge_mask,
-    layout, message, aggregate,
-):  # fmt: skip
-    N, B, out = z.shape[0], z.shape[1], weight.shape[0]
-    won = _fake_won(z, out, aggregate if relation is not None else "sum")
-    return z.new_empty(N, B, out if relation is None else 2 * out), z.new_empty(N, B, out), won
+def _check_layer(
+    z: Tensor, weight: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, square: bool
+) -> None:
+    D = z.shape[-1] // 2
+    if z.ndim != 3 or not z.is_contiguous():
+        raise ValueError(f"z must be contiguous [N, B, 2 D], found {list(z.shape)} with strides {z.stride()}")
+    if weight.ndim != 2 or weight.shape[1] != 2 * D or (square and weight.shape[0] != D):
+        raise ValueError(
+            f"weight must be [{D if square else 'any'}, {2 * D}] for z {list(z.shape)}, found {list(weight.shape)}"
+        )
+    if (norm_weight is None) != (norm_bias is None):
+        raise ValueError("weight and bias of the LayerNorm come together")
 
 
-@torch.library.custom_op("ragkit::relational_layer_product_backward", mutates_args=())
-def _product_backward(
-    dh: Tensor, z: Tensor, weight: Tensor, residual: Tensor | None, needs: list[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of z (with the residual's added to its left half), weight and bias; empty where not needed."""
-    N, B, width = z.shape
-    flat = dh.view(N * B, len(weight))
-    dz, dweight, dbias = (z.new_empty(0) for _ in range(3))
-    if needs[0]:
-        dz = new_empty(z, z.shape)
-        torch.mm(flat, weight, out=dz.view(N * B, width))
-        if residual is not None:
-            dz[..., : width // 2] += residual
-    if needs[1]:
-        dweight = flat.t() @ z.view(N * B, width)
-    if needs[2]:
-        dbias = flat.sum(0)
-    return dz, dweight, dbias
-
-
-@_product_backward.register_fake
-def _(dh, z, weight, residual, needs):
-    return (
-        z.new_empty(z.shape if needs[0] else 0),
-        z.new_empty(weight.shape if needs[1] else 0),
-        z.new_empty(weight.shape[0] if needs[2] else 0),
-    )
-
-
-_product_backward.register_autograd(no_second_derivative)
-
-
-def _layer_setup(ctx, inputs, output):
-    z, weight, _, norm_weight, norm_bias, ctx.eps, ctx.residual, relation, _, mask, query, *rest = inputs
-    edge_weight, edge_mask, layout, ctx.message, ctx.aggregate = rest
-    out, h, won = output
-    ctx.mark_non_differentiable(h, won)
-    states = None if relation is None else out
-    ctx.save_for_backward(
-        z, weight, norm_weight, norm_bias, h, relation, mask, query, edge_weight, edge_mask, states, won, *layout
-    )
-
-
-def _layer_grad(ctx, grad, _h, _won):
-    z, weight, norm_weight, norm_bias, h, *saved = ctx.saved_tensors
-    needs, count = ctx.needs_input_grad, len(ctx.saved_tensors) - 12
-    wanted = any(needs[:5])
-    if saved[0] is None:
-        dstate, others = unit_stride(grad), (None,) * 5
-    else:
-        conv_needs = (needs[7], needs[8], needs[9], needs[10], needs[11])
-        dstate, *others = _conv_gradients(ctx, grad, saved, conv_needs, wanted)
-    dz = dweight = dbias = dnorm_weight = dnorm_bias = None
-    if wanted:
-        dh, dnorm_weight, dnorm_bias = norm_backward(dstate, h, norm_weight, norm_bias, ctx.eps)
-        dz, dweight, dbias = _product_backward(dh, z, weight, dstate if ctx.residual else None, list(needs[:3]))
-    return (
-        *(dz if needs[0] else None, dweight if needs[1] else None, dbias if needs[2] else None),
-        *(dnorm_weight if needs[3] else None, dnorm_bias if needs[4] else None, None, None),
-        *others,
-        *(None, [None] * count, None, None),
-    )
-
-
-_layer.register_autograd(_layer_grad, setup_context=_layer_setup)
-register_autocast("relational_layer", floats=(0, 1, 2, 7, 8, 10))
+def _check_square(layout: GraphLayout, aggregate: str) -> None:
+    if aggregate == "pna":
+        raise ValueError("the fused layer has no 'pna'; use relational_conv")
+    if layout.num_dst != layout.num_nodes:
+        raise ValueError(f"the fused layer needs as many rows as nodes, found {layout.num_dst} and {layout.num_nodes}")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ragkit_kernels.memory import new_empty
 from ragkit_kernels.relational_conv import backends
 from ragkit_kernels.relational_conv.layout import GraphLayout, kept_degree
 from ragkit_kernels.relational_conv.reference import (
@@ -145,7 +144,7 @@ def _conv(
     aggregate: str,
 ) -> tuple[Tensor, Tensor]:
     graph = GraphLayout.from_flat(layout)
-    out = new_empty(x, (graph.num_dst, x.shape[1], x.shape[2] * (4 if aggregate == "pna" else 1)))
+    out = x.new_empty((graph.num_dst, x.shape[1], x.shape[2] * (4 if aggregate == "pna" else 1)))
     won = conv_into(out, x, relation, boundary, mask, query, edge_weight, edge_mask, graph, message, aggregate)
     return out, won
 
@@ -226,7 +225,7 @@ def conv_backward(
     weight = None if weight is None else weight.to(accumulate(x))
     dx, drelation, dweight = (x.new_empty(0) for _ in range(3))
     if needs[0]:
-        dx = new_empty(x, x.shape)
+        dx = x.new_empty(x.shape)
         backend.conv_backward_x(grad, won, x, relation, weight, keep, graph, message, aggregate, base, dx)
     if needs[1]:
         drelation = backend.conv_backward_relation(grad, won, x, relation, weight, keep, graph, message, aggregate)
