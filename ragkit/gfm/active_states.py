@@ -23,6 +23,7 @@ from ragkit.gfm.active import ActiveRows, active_rows
 from ragkit.gfm.entity_model import EntityModel
 from ragkit.gfm.spread import Background, changed_states
 
+ROWS_AT_ONCE = 4096  # rows whose states are picked together for the head, without gradient
 PAYS_BELOW = 0.6
 """Active rows are used when they are fewer than this share of the dense path's rows."""
 
@@ -117,8 +118,9 @@ def active_logits(
     layers: Any = list(model.layers)
     x = changed_states(layers, model.settings, rows, background, tables, layout, mask, query)  # [M, D]
     for b in range(len(query)):
-        mine = slice(None) if len(query) == 1 else (rows.query == b).nonzero().squeeze(1)
-        changed = model.score(x[mine].unsqueeze(1), query[b : b + 1]).squeeze(1)  # [M_b]
+        mine = (rows.query == b).nonzero().squeeze(1)
+        parts = [mine] if x.requires_grad else mine.split(ROWS_AT_ONCE)
+        changed = [model.score(x[part].unsqueeze(1), query[b : b + 1]).squeeze(1) for part in parts]  # [M_b] in all
         node = rows.node[mine]
-        scores = scores.index_put((node, torch.full_like(node, b)), changed)
+        scores = scores.index_put((node, torch.full_like(node, b)), torch.cat(changed))
     return scores

@@ -14,6 +14,9 @@ from ragkit.gfm.active import ActiveRows, active_rows
 from ragkit.gfm.layers import RelationalLayer
 from ragkit.gfm.settings import GFMSettings
 
+BLOCK_NUMBERS = 1 << 19
+"""Numbers of a block of rows that go through a layer together, without gradient on a CPU: 2 MiB of float32."""
+
 MOST_OF_FIRST = 0.3
 """The first layer is computed row by row when it changes less than this share of the rows."""
 
@@ -57,34 +60,67 @@ def changed_states(
     seeds, D = rows.counts[0], settings.input_dim
     weight = mask[rows.node[:seeds], rows.query[:seeds]].to(query.dtype)
     start = weight.unsqueeze(1) * F.embedding(rows.query[:seeds], query)  # [S, D] the boundary, elsewhere 0
-    backward = torch.is_grad_enabled() and (start.requires_grad or any(t.requires_grad for t in tables))
+    learned = [start, *tables, *background.products, *(p for layer in layers for p in layer.parameters())]
+    backward = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in learned)
     share = None
     if settings.aggregate_func == "mean":
         share = 1 / (layout.by_dst.ptr.diff().to(start.dtype) + 1).unsqueeze(1)[rows.node]  # [M, 1]
-    x = change = start
+    blocks = not backward and start.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    step = max(1, BLOCK_NUMBERS // D) if blocks else len(rows.node)
+    x, change, spread = start, start, None
+    if blocks:  # one buffer for all layers: fresh memory costs as much as the work
+        x, change, spread = (start.new_empty(len(rows.node), D) for _ in range(3))
+        x[:seeds], change[:seeds] = start, start
     for number, (layer, table) in enumerate(zip(layers, tables, strict=True), start=1):
         before, count = rows.counts[number - 1], rows.counts[number]
         if settings.message_func == "transe":
             table = torch.zeros_like(table)  # (x + r) − (background + r): the relation cancels
-        spread = relational_conv(
-            change.unsqueeze(1), table, rows.layout(number, backward), message=settings.message_func
+        heard = relational_conv(
+            change[:before].unsqueeze(1), table, rows.layout(number, backward), message=settings.message_func,
+            out=None if spread is None else spread[:count].unsqueeze(1),
         ).squeeze(1)  # [count, D]  # fmt: skip
-        spread[:seeds] += start
+        heard[:seeds] += start
         if share is not None:
-            spread = spread * share[:count]
-        on_state, on_update = layer.linear.weight.split(D, dim=1)
-        node = rows.node[:count]
-        h = torch.addmm(background.take(background.products[number - 1], node), spread, on_update.t())  # [count, D]
-        h[:before].addmm_(change, on_state.t())
-        norm, bias = layer.norm()
-        residual = None
-        if settings.short_cut:
-            new = background.take(background.states[number - 1], node[before:])
-            residual = torch.cat([x, new]).unsqueeze(1)
-        x = norm_relu_residual(h.unsqueeze(1), residual, norm, bias, layer.eps).squeeze(1)
-        if number < len(layers):
-            change = x - background.take(background.states[number], node)
+            heard = heard * share[:count]
+        if not blocks:
+            x, change = _layer(layer, settings, background, number, rows.node[:count], x, change, heard)
+            continue
+        for first in range(0, count, step):
+            part, known = slice(first, min(first + step, count)), slice(first, min(first + step, max(before, first)))
+            x[part], change[part] = _layer(
+                layer, settings, background, number, rows.node[part], x[known], change[known], heard[part]
+            )
     return x
+
+
+def _layer(
+    layer: RelationalLayer,
+    settings: GFMSettings,
+    background: Background,
+    number: int,
+    node: Tensor,
+    x: Tensor,
+    change: Tensor,
+    heard: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """States of some rows after layer `number`, and how they differ from the background.
+
+    Args:
+        node: [n] their nodes.
+        x, change: [m, D] states and differences before the layer, of the first m of them; the others are new.
+        heard: [n, D] messages of the change.
+    """
+    known, D = len(change), settings.input_dim
+    on_state, on_update = layer.linear.weight.split(D, dim=1)
+    h = torch.addmm(background.take(background.products[number - 1], node), heard, on_update.t())  # [n, D]
+    h[:known].addmm_(change, on_state.t())
+    norm, bias = layer.norm()
+    residual = None
+    if settings.short_cut:
+        new = background.take(background.states[number - 1], node[known:])
+        residual = torch.cat([x, new]).unsqueeze(1)
+    x = norm_relu_residual(h.unsqueeze(1), residual, norm, bias, layer.eps).squeeze(1)
+    return x, x if number == len(background.products) else x - background.take(background.states[number], node)
 
 
 def first_states(

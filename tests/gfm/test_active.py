@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from ragkit_kernels.relational_conv import build_layout
 from relconv_graphs import GRAPHS, Edges, any_edges
 
-from ragkit.gfm import GFMSettings, GNNRetriever
+from ragkit.gfm import GFMSettings, GNNRetriever, active_states, spread
 from ragkit.gfm.active import active_rows
 from ragkit.graph import KnowledgeGraph
 
@@ -134,7 +134,10 @@ def test_logits_and_gradients_equal_the_dense_path(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_inference_keeps_the_background_until_a_weight_changes(dtype):
+def test_inference_keeps_the_background_until_a_weight_changes(dtype, monkeypatch):
+    """Blocks of two rows, so that known and new rows meet in one."""
+    monkeypatch.setattr(spread, "BLOCK_NUMBERS", 2 * 6)
+    monkeypatch.setattr(active_states, "ROWS_AT_ONCE", 5)
     model, graph = model_and_graph("default")
     model.to(dtype)
     for step in range(2):
@@ -218,7 +221,6 @@ def test_settings_without_active_rows_say_so():
 @pytest.mark.parametrize("name", ["default", "mean", "no residual, no norm", "transe sum"])
 def test_the_first_layer_from_the_rows_that_it_computes(name, monkeypatch):
     """Switched off and on, dense states and all gradients are the same."""
-    from ragkit.gfm import spread
 
     model, graph = model_and_graph(name)
     results = []

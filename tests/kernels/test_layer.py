@@ -74,6 +74,21 @@ def test_in_place_is_the_same_without_gradient(dtype, residual, backend, monkeyp
     torch.testing.assert_close(out, last, rtol=5 * tolerance, atol=5 * tolerance)
 
 
+@pytest.mark.parametrize("backend", ["kernel", "reference"])
+def test_messages_written_to_a_given_place(backend):
+    x, r, q = (t.detach() for t in (draw(N, B, D), draw(R, D), draw(B, D, seed=3)))
+    for aggregate, width in (("sum", D), ("max", D), ("pna", 4 * D)):
+        run = {"boundary": (seeds(), q), "aggregate": aggregate, "backend": backend}
+        place = torch.full((N, B, width + 3), float("nan"), dtype=torch.float64)
+        out = relational_conv(x, r, LAYOUT, out=place[..., 1:-2], **run)
+        torch.testing.assert_close(out, relational_conv(x, r, LAYOUT, **run))
+        assert place[..., 1].isfinite().all() and place[..., [0, -1, -2]].isnan().all()
+    with pytest.raises(ValueError, match=r"out must be torch.float64 \[30, 3, 7\]"):
+        relational_conv(x, r, LAYOUT, out=x[:3], backend=backend)
+    with pytest.raises(RuntimeError, match="out= has no gradient"):
+        relational_conv(x.requires_grad_(), r, LAYOUT, out=torch.empty_like(x), backend=backend)
+
+
 def test_in_place_has_no_gradient_and_says_so():
     with pytest.raises(RuntimeError, match="relational_layer_ has no gradient; use relational_layer"):
         relational_layer_(*operands(), draw(R, D), LAYOUT)
@@ -154,6 +169,9 @@ def test_opcheck():
         opcheck(torch.ops.ragkit.relational_step.default, (draw(N, B, D), *tail))
         opcheck(torch.ops.ragkit.relational_layer.default, (z, w, b, g, c, 1e-5, True, *tail))
     last = (None, None, None, None, None, None, flat, "distmult", "sum")
+    out = torch.empty(N, B, D, dtype=torch.float64)
+    tail = (r.detach(), None, seeds(), q.detach(), None, None, flat, "distmult", "sum")
+    opcheck(torch.ops.ragkit.relational_conv_out.default, (out, draw(N, B, D).detach(), *tail))
     free = [t.detach() for t in (z, w, b, g, c)]
     opcheck(torch.ops.ragkit.relational_layer_.default, (*free, 1e-5, True, *last))
     opcheck(torch.ops.ragkit.relational_layer.default, (z, w, None, None, None, 1e-5, False, *last))

@@ -101,7 +101,8 @@ def norm_forward(
     sxn, sxb = (0, 0) if x is None else (x.stride(0), x.stride(1))
     launch(
         _norm_kernel, flat(h), optional(x, h), sxn, sxb, x is not None, x is out,
-        optional(weight, h), optional(bias, h), weight is not None, eps, flat(out), out.stride(0), out.stride(1), N, B, D,
+        optional(weight, h), optional(bias, h), weight is not None, eps,
+        flat(out), out.stride(0), out.stride(1), N, B, D,
     )  # fmt: skip
 
 

@@ -34,6 +34,7 @@ def relational_conv(
     message: str = "distmult",
     aggregate: str = "sum",
     backend: str = "auto",
+    out: Tensor | None = None,
 ) -> Tensor:
     """Sums (or averages, ...) what each node's in-edges carry: one message-passing step of NBFNet and ULTRA.
 
@@ -60,6 +61,8 @@ def relational_conv(
         message: "distmult" or "transe".
         aggregate: "sum", "mean", "max" or "pna".
         backend: "auto" (Triton on a GPU, numba on a CPU, else plain PyTorch), "kernel", or "reference".
+        out: Where the result is written, for inference; in its shape, with a contiguous last dimension. None: a new
+            tensor.
 
     Returns:
         [num_dst, B, D] ([num_dst, B, 4 D] for "pna"), dtype of `x`; gradients for x, relation, boundary, edge_weight.
@@ -69,14 +72,28 @@ def relational_conv(
     Raises:
         ValueError: Shapes, dtypes or devices that do not fit, or a tensor whose last dimension is not contiguous
             (it is not copied in silence); the message names the argument.
+        RuntimeError: `out` is given and gradients are wanted.
     """
     given, mask, query = split_boundary(boundary)
     check(x, relation, layout, given, mask, query, edge_weight, edge_mask, message, aggregate)
+    if out is not None:
+        wanted = (layout.num_dst, x.shape[1], x.shape[2] * (4 if aggregate == "pna" else 1))
+        if tuple(out.shape) != wanted or out.dtype != x.dtype or out.device != x.device or out.stride(-1) != 1:
+            raise ValueError(f"out must be {x.dtype} {list(wanted)} with a contiguous last dimension, like x")
+        tensors = (x, relation, given, mask, query, edge_weight)
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+            raise RuntimeError("out= has no gradient; leave it out, or use torch.no_grad()")
     if not backends.use_kernel(backend, x.device, x.dtype):
-        return relational_conv_reference(
+        result = relational_conv_reference(
             x, relation, layout, boundary=boundary, edge_weight=edge_weight, edge_mask=edge_mask, message=message,
             aggregate=aggregate,
         )  # fmt: skip
+        return result if out is None else out.copy_(result)
+    if out is not None:
+        torch.ops.ragkit.relational_conv_out(
+            out, x, relation, given, mask, query, edge_weight, edge_mask, layout.flat(), message, aggregate
+        )
+        return out
     return torch.ops.ragkit.relational_conv(
         x, relation, given, mask, query, edge_weight, edge_mask, layout.flat(), message, aggregate
     )[0]
@@ -186,6 +203,29 @@ def by_position(
     weight = None if edge_weight is None else edge_weight.detach()[graph.order]
     keep = None if edge_mask is None else edge_mask[graph.order].to(torch.uint8)
     return weight, keep
+
+
+@torch.library.custom_op("ragkit::relational_conv_out", mutates_args=("out",))
+def _conv_out(
+    out: Tensor,
+    x: Tensor,
+    relation: Tensor,
+    boundary: Tensor | None,
+    mask: Tensor | None,
+    query: Tensor | None,
+    edge_weight: Tensor | None,
+    edge_mask: Tensor | None,
+    layout: list[Tensor],
+    message: str,
+    aggregate: str,
+) -> None:
+    graph = GraphLayout.from_flat(layout)
+    conv_into(out, x, relation, boundary, mask, query, edge_weight, edge_mask, graph, message, aggregate)
+
+
+@_conv_out.register_fake
+def _(out, x, relation, boundary, mask, query, edge_weight, edge_mask, layout, message, aggregate):
+    return None
 
 
 @_conv.register_fake
