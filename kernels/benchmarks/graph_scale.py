@@ -10,10 +10,8 @@ included. Prints both rows and adds them to the CSV. Targets at the default size
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -21,20 +19,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+from measure import append_rows, commit, cpu_name, highest_resident_mib
 
-FIELDS = [
-    "device",
-    "cores",
-    "entities",
-    "triples",
-    "relations",
-    "file_mib",
-    "commit",
-    "step",
-    "seconds",
-    "cpu_seconds",
-]
-FIELDS += ["peak_mib"]
 TARGETS = {"first load": (180.0, 16384.0), "second load": (10.0, 16384.0)}
 
 
@@ -73,40 +59,9 @@ def child(folder: Path) -> None:
         "fingerprint": graph.fingerprint,
         "seconds": round(seconds, 2),
         "cpu_seconds": round(time.process_time() - cpu, 2),
-        "peak_mib": round(peak_mib()),
+        "peak_mib": round(highest_resident_mib()),
     }
     print(json.dumps(found))
-
-
-def peak_mib() -> float:
-    """Largest resident set of this process so far."""
-    import resource  # not on Windows
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def cpu_model() -> str:
-    """What the processor calls itself."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def commit() -> str:
-    """Short hash of the checkout; "+" where it has changes."""
-    here = Path(__file__).parent
-    run = [
-        ["git", "rev-parse", "--short=8", "HEAD"],
-        ["git", "status", "--porcelain", "--", "ragkit/graph", "kernels/ragkit_kernels/relational_conv/layout.py"],
-    ]
-    try:
-        root = here.parents[1]
-        head, changed = (subprocess.run(c, cwd=root, check=True, capture_output=True, text=True).stdout for c in run)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head.strip() + ("+" if changed.strip() else "")
 
 
 def main() -> None:
@@ -133,12 +88,13 @@ def main() -> None:
             found.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
             rows.append(
                 {
-                    "device": cpu_model(),
+                    "device": cpu_name(),
                     "cores": os.cpu_count(),
+                    **{name: found[-1][name] for name in ("entities", "triples", "relations")},
                     "file_mib": round(size),
                     "commit": commit(),
                     "step": step,
-                    **{name: found[-1][name] for name in FIELDS if name in found[-1]},
+                    **{name: found[-1][name] for name in ("seconds", "cpu_seconds", "peak_mib")},
                 }
             )
             limit, memory = TARGETS[step]
@@ -150,12 +106,7 @@ def main() -> None:
         raise SystemExit("the second load did not come from the first one's copy, or differs from it")
     if (found[0]["entities"], found[0]["triples"]) != (args.entities, args.triples):
         raise SystemExit(f"the graph came back with {found[0]['entities']} entities and {found[0]['triples']} triples")
-    new = not args.csv.exists()
-    with args.csv.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+    append_rows(args.csv, rows)
 
 
 if __name__ == "__main__":

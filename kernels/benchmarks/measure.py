@@ -1,4 +1,7 @@
-"""What the benchmarks share: timing in turn, peak memory in a process of its own, CSV rows that say their origin."""
+"""What the benchmarks share: timing in turn, peak memory in a process of its own, CSV rows that say their origin.
+
+torch is imported where it is needed: a script may time a cold start.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
-
 
 def in_turn(methods: Mapping[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, dict[str, float]]:
     """Times every method once a round, one after the other, so that what else the machine does hits all alike.
@@ -24,6 +25,8 @@ def in_turn(methods: Mapping[str, Callable[[], Any]], rounds: int, device: str) 
     Returns:
         For each method the median of its wall time `ms` and of its CPU time `cpu_s`, without a first warm-up round.
     """
+    import torch
+
     wall: dict[str, list[float]] = {name: [] for name in methods}
     cpu: dict[str, list[float]] = {name: [] for name in methods}
     for turn in range(rounds + 1):
@@ -57,6 +60,8 @@ def memory_growth(warm_up: Callable[[], Any], method: Callable[[], Any], device:
         method: The call to measure.
         device: "cpu" or a CUDA device.
     """
+    import torch
+
     warm_up()
     if device.startswith("cuda"):
         torch.cuda.synchronize()
@@ -81,6 +86,8 @@ def in_child(script: str, *arguments: str) -> float:
 
 def where(device: str) -> dict[str, Any]:
     """The columns that say where and from what a row comes."""
+    import torch
+
     name = (
         torch.cuda.get_device_name()
         if device.startswith("cuda")
@@ -103,7 +110,11 @@ def commit() -> str:
         done = subprocess.run(["git", *words], capture_output=True, text=True, cwd=Path(__file__).parent)
         return done.stdout.strip() if done.returncode == 0 else ""
 
-    changed = "+" if git("status", "--porcelain", "--untracked-files=no", "--", "..", "../../ragkit") else ""
+    changed = (
+        "+"
+        if git("status", "--porcelain", "--untracked-files=no", "--", "../ragkit_kernels", "../../ragkit", "*.py")
+        else ""
+    )
     return (git("rev-parse", "--short=8", "HEAD") or "unknown") + changed
 
 

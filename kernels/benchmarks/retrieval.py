@@ -9,24 +9,19 @@ needs beyond the vectors: measured by CUDA itself; on a CPU in a process of its 
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import platform
-import re
-import subprocess
-import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
+from measure import append_rows, commit, in_child, memory_growth
 from torch import Tensor
 
 from ragkit.rag.topk import top_k_rows
-
-FIELDS = ["date", "device", "dtype", "queries", "rows", "dim", "k", "threads", "commit", "peer", "ms", "peak_mib"]
-FIELDS += ["ratio"]
 
 
 def one_piece(queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -61,40 +56,13 @@ def milliseconds(method: str, queries: Tensor, rows: Tensor, k: int) -> float:
 
 
 def peak_mib(method: str, args: argparse.Namespace) -> float:
-    """Memory that one call adds at its peak."""
-    if args.device.startswith("cuda"):
+    """Memory that one call adds at its peak, after a small call has warmed up; on a CPU in a process of its own."""
+    if args.device.startswith("cuda") or args.measure_memory:
         queries, rows = make(args)
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        milliseconds(method, queries, rows, args.k)
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    command = [sys.executable, __file__, "--measure-memory", method, "--queries", str(args.queries)]
-    command += ["--rows", str(args.rows), "--dim", str(args.dim), "--k", str(args.k)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-
-def resident_growth(method: str, args: argparse.Namespace) -> float:
-    """Growth of the largest resident set over one call, in this process, after a small call has warmed up."""
-    queries, rows = make(args)
-    milliseconds(method, queries[:8], rows[:4096], args.k)
-    before = highest_resident_mib()
-    milliseconds(method, queries, rows, args.k)
-    return highest_resident_mib() - before
-
-
-def highest_resident_mib() -> float:
-    """The largest resident set of this process so far (Linux only; nan elsewhere)."""
-    # getrusage would not do: its value outlives exec, so a child starts with what its parent used.
-    status = Path("/proc/self/status")
-    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
-    return int(found[1]) / 2**10 if found else float("nan")
-
-
-def commit() -> str:
-    """Short hash of the checkout, marked if it has changes."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=8"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
-    return done.stdout.strip() or "unknown"
+        warm_up = partial(milliseconds, method, queries[:8], rows[:4096], args.k)
+        return memory_growth(warm_up, partial(milliseconds, method, queries, rows, args.k), args.device)
+    sizes = [f"--{name}={getattr(args, name)}" for name in ("queries", "rows", "dim", "k")]
+    return in_child(__file__, "--measure-memory", method, *sizes)
 
 
 def main() -> None:
@@ -109,7 +77,7 @@ def main() -> None:
     parser.add_argument("--measure-memory", choices=list(METHODS), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure_memory:
-        print(resident_growth(args.measure_memory, args))
+        print(peak_mib(args.measure_memory, args))
         return
     queries, rows = make(args)
     mine, peer = (METHODS[name](queries, rows, args.k) for name in METHODS)
@@ -141,12 +109,7 @@ def main() -> None:
         lines.append(line)
         print(f"{name:12s} {line['ms']:9.1f} ms  peak +{line['peak_mib']:.0f} MiB  speed {line['ratio']:.2f} x")
     if args.csv:
-        new = not args.csv.exists()
-        with open(args.csv, "a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            if new:
-                writer.writeheader()
-            writer.writerows(lines)
+        append_rows(args.csv, lines)
 
 
 if __name__ == "__main__":
