@@ -127,6 +127,7 @@ def save_gfm(model: GraphModel, directory: str | Path, encoder: Any = None) -> P
     Raises:
         CheckpointError: The folder holds other files.
     """
+    model = _unwrapped(model)
     info = _info_of(encoder, model)
     config = {
         "format": FORMAT,
@@ -138,7 +139,7 @@ def save_gfm(model: GraphModel, directory: str | Path, encoder: Any = None) -> P
     with _folder(directory) as folder:
         save_file(_state(model), folder / SAFE, metadata={"format": "pt"})
         _write_config(folder, config)
-    return Path(directory)
+    return Path(directory).expanduser()
 
 
 def export_v1(model: GraphModel, directory: str | Path, encoder: Any = None) -> Path:
@@ -155,6 +156,7 @@ def export_v1(model: GraphModel, directory: str | Path, encoder: Any = None) -> 
     Raises:
         CheckpointError: The folder holds other files.
     """
+    model = _unwrapped(model)
     settings, retriever = model.settings, isinstance(model, GNNRetriever)
     info = _info_of(encoder, model) or {}
     if not info.get("text_emb_model_name"):
@@ -186,7 +188,17 @@ def export_v1(model: GraphModel, directory: str | Path, encoder: Any = None) -> 
     with _folder(directory) as folder:
         torch.save({"model": _state(model)}, folder / PICKLED)
         _write_config(folder, config)
-    return Path(directory)
+    return Path(directory).expanduser()
+
+
+def _unwrapped(model: Any) -> GraphModel:
+    """The model inside `torch.compile` or a data-parallel wrapper."""
+    while not isinstance(model, GraphModel):
+        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+        if inner is None:
+            raise TypeError(f"expected a GNNRetriever or a QueryGNN, found {type(model).__name__}")
+        model = inner
+    return model
 
 
 def _state(model: GraphModel) -> dict[str, Tensor]:
@@ -194,7 +206,7 @@ def _state(model: GraphModel) -> dict[str, Tensor]:
 
 
 def _folder(directory: str | Path) -> Any:
-    path = Path(directory)
+    path = Path(directory).expanduser()
     others = sorted(file.name for file in path.iterdir() if file.name not in OURS) if path.is_dir() else []
     if others:
         raise CheckpointError(

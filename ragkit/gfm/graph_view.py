@@ -23,6 +23,11 @@ class Stamp:
         self._ref = weakref.ref(tensor)
         self._state = None if tensor.is_inference() else (tensor._version, tensor.data_ptr())
 
+    @property
+    def alive(self) -> bool:
+        """Whether the tensor still exists."""
+        return self._ref() is not None
+
     def fits(self, tensor: Tensor | None) -> bool:
         """Whether `tensor` is that tensor, unchanged."""
         if tensor is None or self._state is None or self._ref() is not tensor:

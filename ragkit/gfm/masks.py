@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +25,10 @@ def dense_mask(given: Any, B: int, N: int, device: torch.device, name: str) -> T
     Raises:
         ValueError: Another size, an id out of range (its row is named), or numbers that are not finite.
     """
+    if isinstance(given, np.ndarray) and given.ndim == 2:
+        given = torch.from_numpy(given)
     if isinstance(given, Tensor):
+        given = given.to_dense()
         if tuple(given.shape) != (B, N):
             raise ValueError(
                 f"{name}: expected [{B}, {N}] (questions, entities) or {B} lists, found {list(given.shape)}"

@@ -26,8 +26,9 @@ from ragkit.gfm.easy_edges import inverse
 from ragkit.gfm.entity_model import EntityModel
 from ragkit.gfm.graph_view import GraphView, view_of
 from ragkit.gfm.masks import dense_mask
-from ragkit.gfm.relation_tables import KeptValue, RelationTables, compute_tables
+from ragkit.gfm.relation_tables import KeptValue, KeptValues, RelationTables, compute_tables
 from ragkit.gfm.settings import GFMSettings
+from ragkit.graph import GraphError
 
 
 class GraphModel(nn.Module):
@@ -56,7 +57,8 @@ class GraphModel(nn.Module):
     def relations(self, graph: Any) -> RelationTables:
         """The relation tables of a graph: [R, D] before the layers, and [R, D] for each layer.
 
-        In eval mode without gradient they are kept for the next call with the same graph and weights.
+        In eval mode without gradient they are kept for the next call with the same graph and weights. PyTorch does not
+        count changes through `parameter.data`: after those call `eval()` again, which forgets what was kept.
 
         Raises:
             GraphError: The graph's relation embeddings are missing or wrong.
@@ -79,7 +81,7 @@ class GraphModel(nn.Module):
 
     def _forget(self) -> None:
         for value in self.__dict__.values():
-            if isinstance(value, KeptValue):
+            if isinstance(value, (KeptValue, KeptValues)):
                 value.clear()
 
     def relation_tables(self, graph: Any) -> list[Tensor]:
@@ -108,7 +110,7 @@ class GNNRetriever(GraphModel):
         rows: "dense" computes every entity for every question; "active" the graph's background once (kept at
             inference) and for each question the entities that it changes (see `active.py`); "auto" what has fewer
             rows to compute. All give the same logits to rounding.
-        background_limit: Bytes of a background that "auto" may keep.
+        background_limit: Bytes of backgrounds (of several graphs, the last used) that may be kept.
 
     Example:
         >>> model = GNNRetriever(GFMSettings(rel_emb_dim=8, input_dim=4, hidden_dims=[4, 4]))
@@ -120,7 +122,7 @@ class GNNRetriever(GraphModel):
         self.question_mlp = nn.Linear(settings.rel_emb_dim, settings.input_dim)
         self.rows = "auto"
         self.background_limit = 2 << 30
-        self._kept_background = KeptValue()
+        self._kept_backgrounds = KeptValues()
 
     def forward(
         self,
@@ -166,6 +168,10 @@ class GNNRetriever(GraphModel):
             raise ValueError(f'rows must be "auto", "dense" or "active", found {self.rows!r}')
         if self.rows == "dense":
             return None
+        if mask.requires_grad:  # a gradient also where the mask is 0, which makes no row active
+            if self.rows == "active":
+                raise ValueError('rows="active" has no gradient for the mask or the entities\' weights; use "dense"')
+            return None
         if self.rows == "active":
             if not supported(self.entity_model):
                 raise ValueError(
@@ -182,10 +188,11 @@ class GNNRetriever(GraphModel):
         if not self._keeps():
             return compute_background(self.entity_model, layout, tables)
         made_of = [graph.rel_emb, layout.order, *self.parameters()]
-        kept = self._kept_background.get(made_of)
+        kept = self._kept_backgrounds.get(made_of)
         if kept is None:
             kept = compute_background(self.entity_model, layout, tables)
-            self._kept_background.put(made_of, kept)
+            size = background_bytes(self.entity_model, layout.num_nodes)
+            self._kept_backgrounds.put(made_of, kept, size, self.background_limit)
         return kept
 
     def inputs(
@@ -210,6 +217,7 @@ class GNNRetriever(GraphModel):
         N, B = view.num_nodes, len(e)
         mask = dense_mask(question_entities_mask, B, N, self.device, "question_entities_mask")
         if entities_weight is not None:
+            entities_weight = torch.as_tensor(entities_weight)
             if tuple(entities_weight.shape) != (N,):
                 raise ValueError(f"entities_weight: expected [{N}], found {list(entities_weight.shape)}")
             if not torch.isfinite(entities_weight).all():
@@ -247,6 +255,10 @@ class QueryGNN(GraphModel):
             ValueError: Ids out of range, or a row whose heads and tails both differ.
         """
         view = view_of(graph)
+        if view.num_relations % 2:
+            raise GraphError(
+                f"{view.num_relations} relations: link prediction needs an inverse r + R/2 for each relation r"
+            )
         batch_htr = batch_htr.to(self.device)
         check_triples(batch_htr, view.num_nodes, view.num_relations)
         head, tail, rel = batch_htr.unbind(-1)  # [B, K] each

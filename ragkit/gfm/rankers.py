@@ -190,7 +190,7 @@ def rank(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Returns:
         (scores [B, k], ids [B, k]).
     """
-    kept = best(scores, k).nonzero()[:, 1].view(len(scores), -1)  # [B, k] ascending ids
+    kept = best(scores, k).nonzero()[:, 1].view(len(scores), min(k, scores.shape[1]))  # [B, k] ascending ids
     order = scores.gather(1, kept).sort(dim=1, descending=True, stable=True)
     return order.values, kept.gather(1, order.indices)
 

@@ -47,27 +47,67 @@ class KeptValue:
     """
 
     def __init__(self) -> None:
-        self._stamps: list[Stamp] = []
-        self._autocast: tuple[bool, torch.dtype] | None = None
-        self._value: Any = None
+        # One attribute, read and set at once: two threads may use one model.
+        self._kept: tuple[list[Stamp], tuple[bool, torch.dtype], Any] | None = None
 
     def get(self, tensors: list[Tensor]) -> Any:
         """The value, if it was made from these tensors and none has changed."""
-        if self._value is None or self._autocast != _autocast(tensors[-1]) or len(self._stamps) != len(tensors):
+        kept = self._kept
+        if kept is None or kept[1] != _autocast(tensors[-1]) or len(kept[0]) != len(tensors):
             return None
-        fits = all(stamp.fits(tensor) for stamp, tensor in zip(self._stamps, tensors, strict=True))
-        return self._value if fits else None
+        return kept[2] if all(stamp.fits(tensor) for stamp, tensor in zip(kept[0], tensors, strict=True)) else None
 
     def put(self, tensors: list[Tensor], value: Any) -> None:
         """Keeps a value that was made from these tensors."""
-        self._stamps = [Stamp(tensor) for tensor in tensors]
-        self._autocast, self._value = _autocast(tensors[-1]), value
+        self._kept = [Stamp(tensor) for tensor in tensors], _autocast(tensors[-1]), value
+
+    @property
+    def alive(self) -> bool:
+        """Whether the tensors that the value was made from still exist."""
+        kept = self._kept
+        return kept is not None and all(stamp.alive for stamp in kept[0])
 
     def clear(self) -> None:
         """Forgets it."""
-        self.__init__()  # type: ignore[misc]
+        self._kept = None
 
     # A copy or a pickle of a model starts with an empty cache: its weights are other tensors.
+    def __getstate__(self) -> dict[str, object]:
+        return {}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.clear()
+
+
+class KeptValues:
+    """Values for several graphs, the last used ones up to a number of bytes."""
+
+    def __init__(self) -> None:
+        self._entries: tuple[tuple[KeptValue, int], ...] = ()  # replaced as a whole: two threads may use one model
+
+    def get(self, tensors: list[Tensor]) -> Any:
+        """The value that was made from these tensors, if none has changed."""
+        for entry, _ in self._entries:
+            value = entry.get(tensors)
+            if value is not None:
+                return value
+        return None
+
+    def put(self, tensors: list[Tensor], value: Any, size: int, limit: int) -> None:
+        """Keeps a value of `size` bytes, and of the others the newest, `limit` bytes in all; none of a graph gone."""
+        new = KeptValue()
+        new.put(tensors, value)
+        entries, total = [(new, size)], size
+        for entry, other in self._entries:
+            total += other
+            if entry.alive and total <= limit:
+                entries.append((entry, other))
+        self._entries = tuple(entries)
+
+    def clear(self) -> None:
+        """Forgets all."""
+        self._entries = ()
+
     def __getstate__(self) -> dict[str, object]:
         return {}
 

@@ -44,6 +44,8 @@ class GFMSettings:
     activation: str = "relu"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.hidden_dims, Sequence) or isinstance(self.hidden_dims, str):
+            raise ValueError(f"hidden_dims: expected a list with one size for each layer, found {self.hidden_dims!r}")
         object.__setattr__(self, "hidden_dims", tuple(self.hidden_dims))
         for name, known in (("message_func", MESSAGES), ("aggregate_func", AGGREGATES), ("activation", ACTIVATIONS)):
             value = getattr(self, name)

@@ -113,12 +113,15 @@ def _layer(
     known, D = len(change), settings.input_dim
     on_state, on_update = layer.linear.weight.split(D, dim=1)
     h = torch.addmm(background.take(background.products[number - 1], node), heard, on_update.t())  # [n, D]
-    h[:known].addmm_(change, on_state.t())
+    if torch.is_autocast_enabled(h.device.type):  # which leaves products in place alone
+        h[:known] += F.linear(change, on_state)
+    else:
+        h[:known].addmm_(change, on_state.t())
     norm, bias = layer.norm()
     residual = None
     if settings.short_cut:
         new = background.take(background.states[number - 1], node[known:])
-        residual = torch.cat([x, new]).unsqueeze(1)
+        residual = torch.cat([x.to(h.dtype), new.to(h.dtype)]).unsqueeze(1)
     x = norm_relu_residual(h.unsqueeze(1), residual, norm, bias, layer.eps).squeeze(1)
     return x, x if number == len(background.products) else x - background.take(background.states[number], node)
 
@@ -141,6 +144,8 @@ def first_states(
     Returns:
         [N, B, D]; None where it does not pay (many entities, hubs) or the settings do not allow it.
     """
+    if mask.requires_grad:  # also where it is 0
+        return None
     D = settings.input_dim
     silent = settings.message_func == "distmult" and settings.aggregate_func in ("sum", "mean")  # relation ⊙ 0 is 0
     if not silent or layer.linear.out_features != D:

@@ -57,8 +57,9 @@ def cached(cache: bool | str | Path, kind: str, key: str, make: Callable[[], Con
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
             record = {"version": VERSION, "key": key, "checksum": zlib.crc32(path.read_bytes()), "meta": meta}
             (temporary / "meta.json").write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
-    except OSError as error:
-        warnings.warn(f"{folder} could not be written ({error.strerror or error}); nothing is kept", stacklevel=3)
+    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
+        reason = getattr(error, "strerror", None) or error
+        warnings.warn(f"{folder} could not be written ({reason}); nothing is kept", stacklevel=3)
     return tensors, meta
 
 

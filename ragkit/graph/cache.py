@@ -78,8 +78,8 @@ def write_cache(layout: Layout, key: str, parts: GraphParts, graph: GraphLayout,
             with atomic_dir(folder) as temporary:
                 _write(temporary, key, parts, graph, fingerprint)
             return folder
-        except OSError as error:
-            errors.append(f"{folder.parent}: {error.strerror or error}")
+        except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
+            errors.append(f"{folder.parent}: {getattr(error, 'strerror', None) or error}")
     warnings.warn(f"the graph could not be cached ({'; '.join(errors)}); the next load reads the files", stacklevel=3)
     return None
 

@@ -302,6 +302,8 @@ class KnowledgeGraph:
             The folder.
         """
         root = Path(path).expanduser()
+        if not self.num_triples:
+            raise GraphError(f"{root}: a graph without triples cannot be saved, since no file of it could be loaded")
         for loss in formats.write_graph(root, self.parts(), format):
             warnings.warn(f"{root}: {loss}", stacklevel=2)
         return root

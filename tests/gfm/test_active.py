@@ -245,3 +245,76 @@ def test_the_first_layer_is_taken_whole_when_the_entities_reach_many():
         layer = model.entity_model.layers[0]
         found = first_states(layer, model.settings, graph.layout, tables[0], mask, query)
         assert (found is not None) == taken
+
+
+@pytest.mark.parametrize("rows", ["dense", "auto", "active"])
+def test_autocast_on_every_path_and_a_training_step(rows):
+    """Few entities to a question, so that the first layer, too, is computed row by row."""
+    model, graph = model_and_graph("default", nodes=300, triples=320)
+    model.float()
+    wanted = ask_float(model, graph, rows)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ask_float(model, graph, rows)
+        found.square().mean().backward()
+    assert found.dtype == torch.float32
+    assert all(
+        p.grad is not None and p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters()
+    )
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        again = ask_float(model, graph, rows)
+    for logits in (found, again):
+        assert (logits - wanted).norm() < 0.1 * wanted.norm()
+
+
+def ask_float(model, graph, rows):
+    model.rows = rows
+    questions = torch.randn(3, 5, generator=torch.Generator().manual_seed(2))
+    return model(graph, questions, [[0], [3, 7], []])
+
+
+def test_the_gradient_of_a_weight_that_is_zero():
+    """An entity of no document has weight 0 and is no seed; its weight's gradient is that of the plain model."""
+    model, graph = model_and_graph("default")
+    wanted = None
+    for rows in ("dense", "auto"):
+        weight = torch.ones(graph.num_entities, dtype=torch.float64)
+        weight[3] = 0.0
+        weight.requires_grad_()
+        (found,) = torch.autograd.grad(ask(model, graph, rows, weight=weight).square().sum(), weight)
+        shifted = weight.detach().clone()
+        shifted[3] = 1e-6
+        with torch.no_grad():
+            change = ask(model, graph, "dense", weight=shifted).square().sum()
+            change -= ask(model, graph, "dense", weight=weight.detach()).square().sum()
+        torch.testing.assert_close(found[3], change / 1e-6, rtol=1e-3, atol=1e-6)
+        wanted = found if wanted is None else wanted
+        torch.testing.assert_close(found, wanted)
+    with pytest.raises(ValueError, match='rows="active" has no gradient for the mask'):
+        ask(model, graph, "active", weight=weight)
+
+
+def test_several_graphs_in_turn_and_from_two_threads(monkeypatch):
+    """Each keeps its background, and no thread is given the other's tables."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from ragkit.gfm import model as module
+
+    calls = []
+    real = module.compute_background
+    monkeypatch.setattr(module, "compute_background", lambda *a: calls.append(1) or real(*a))
+    model, first = model_and_graph("default")
+    _, second = model_and_graph("default", nodes=61, triples=95)
+    second.rel_emb = second.rel_emb + 1
+    with torch.no_grad():
+        wanted = [ask(model, graph, "active") for graph in (first, second)]
+        for _ in range(3):
+            for graph, logits in zip((first, second), wanted, strict=True):
+                assert torch.equal(ask(model, graph, "active"), logits)
+    assert len(calls) == 2
+
+    def work(number):
+        with torch.no_grad():
+            return all(torch.equal(ask(model, (first, second)[number], "active"), wanted[number]) for _ in range(60))
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(work, (0, 1, 0, 1))) == [True] * 4

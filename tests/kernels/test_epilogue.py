@@ -96,6 +96,10 @@ def test_bad_input_is_named():
     for message, call in {
         "weight and bias of the LayerNorm come together": lambda: norm_relu_residual(h, x, torch.ones(D)),
         "h and x must both be [N, B, D], found [30, 3, 7], [30, 1, 7]": lambda: norm_relu_residual(h, x[:, :1]),
+        "weight of the LayerNorm must be [7], found [3]": lambda: norm_relu_residual(
+            h, x, torch.ones(3), torch.ones(3)
+        ),
+        "x must be torch.float32 with a contiguous last dimension": lambda: norm_relu_residual(h, x.bfloat16()),
         "h must be [N, B or 1, H]": lambda: relu_dot(h, torch.zeros(2, D), torch.zeros(D)),
     }.items():
         with pytest.raises(ValueError) as error:

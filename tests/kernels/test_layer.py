@@ -84,7 +84,9 @@ def test_messages_written_to_a_given_place(backend):
         torch.testing.assert_close(out, relational_conv(x, r, LAYOUT, **run))
         assert place[..., 1].isfinite().all() and place[..., [0, -1, -2]].isnan().all()
     with pytest.raises(ValueError, match=r"out must be torch.float64 \[30, 3, 7\]"):
-        relational_conv(x, r, LAYOUT, out=x[:3], backend=backend)
+        relational_conv(x, r, LAYOUT, out=x[:3].clone(), backend=backend)
+    with pytest.raises(ValueError, match="out must not share memory with x"):
+        relational_conv(x, r, LAYOUT, out=x, backend=backend)
     with pytest.raises(RuntimeError, match="out= has no gradient"):
         relational_conv(x.requires_grad_(), r, LAYOUT, out=torch.empty_like(x), backend=backend)
 
@@ -239,6 +241,7 @@ def test_bad_input_is_named():
             z, w[:4], b, g, c, None, LAYOUT
         ),
         "z must be contiguous [N, B, 2 D]": lambda: relational_layer(z.transpose(0, 1), w, b, g, c, None, LAYOUT),
+        "weight of the LayerNorm must be [7], found [3]": lambda: relational_layer(z, w, b, g[:3], c, None, LAYOUT),
         "weight and bias of the LayerNorm come together": lambda: relational_layer(z, w, b, g, None, None, LAYOUT),
     }.items():
         with pytest.raises(ValueError) as error:

@@ -12,6 +12,15 @@ from ragkit_kernels.relational_conv.reference import norm_relu_residual_referenc
 NARROW = (torch.float16, torch.bfloat16)
 
 
+def check_norm(weight: Tensor | None, bias: Tensor | None, D: int) -> None:
+    """Raises ValueError unless both are [D], or neither is there."""
+    if (weight is None) != (bias is None):
+        raise ValueError("weight and bias of the LayerNorm come together")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tuple(tensor.shape) != (D,):
+            raise ValueError(f"{name} of the LayerNorm must be [{D}], found {list(tensor.shape)}")
+
+
 def norm_relu_residual(
     h: Tensor,
     x: Tensor | None = None,
@@ -36,8 +45,9 @@ def norm_relu_residual(
         raise ValueError(
             f"h and x must both be [N, B, D], found {list(h.shape)}, {None if x is None else list(x.shape)}"
         )
-    if (weight is None) != (bias is None):
-        raise ValueError("weight and bias of the LayerNorm come together")
+    check_norm(weight, bias, h.shape[-1])
+    if x is not None and (x.dtype != h.dtype or (x.shape[-1] > 1 and x.stride(-1) != 1)):
+        raise ValueError(f"x must be {h.dtype} with a contiguous last dimension, found {x.dtype} {x.stride()}")
     if not backends.use_kernel(backend, h.device, h.dtype):
         return norm_relu_residual_reference(h, x, weight, bias, eps)
     return torch.ops.ragkit.norm_relu_residual(h, x, weight, bias, eps)

@@ -15,6 +15,7 @@ from ragkit_kernels.relational_conv import (
     backends,
     layer_ops,  # noqa: F401  registers the ops
 )
+from ragkit_kernels.relational_conv.epilogue import check_norm
 from ragkit_kernels.relational_conv.layout import GraphLayout
 from ragkit_kernels.relational_conv.op import Boundary, check, split_boundary
 from ragkit_kernels.relational_conv.reference import norm_relu_residual_reference, relational_conv_reference
@@ -185,8 +186,7 @@ def _check_layer(
         raise ValueError(
             f"weight must be [{D if square else 'any'}, {2 * D}] for z {list(z.shape)}, found {list(weight.shape)}"
         )
-    if (norm_weight is None) != (norm_bias is None):
-        raise ValueError("weight and bias of the LayerNorm come together")
+    check_norm(norm_weight, norm_bias, weight.shape[0])
 
 
 def _check_square(layout: GraphLayout, aggregate: str) -> None:

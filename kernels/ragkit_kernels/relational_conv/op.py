@@ -78,8 +78,12 @@ def relational_conv(
     check(x, relation, layout, given, mask, query, edge_weight, edge_mask, message, aggregate)
     if out is not None:
         wanted = (layout.num_dst, x.shape[1], x.shape[2] * (4 if aggregate == "pna" else 1))
+        if out.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
+            raise ValueError("out must not share memory with x: rows that are still to be read would be overwritten")
         if tuple(out.shape) != wanted or out.dtype != x.dtype or out.device != x.device or out.stride(-1) != 1:
             raise ValueError(f"out must be {x.dtype} {list(wanted)} with a contiguous last dimension, like x")
+        if torch.is_autocast_enabled(x.device.type):
+            raise ValueError("out= is not for autocast, which changes the dtype of x")
         tensors = (x, relation, given, mask, query, edge_weight)
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
             raise RuntimeError("out= has no gradient; leave it out, or use torch.no_grad()")
@@ -109,6 +113,8 @@ def check(
     query: Tensor | None, edge_weight: Tensor | None, edge_mask: Tensor | None, message: str, aggregate: str,
 ) -> None:  # fmt: skip
     """Raises ValueError for anything that does not fit, naming the argument."""
+    if not x.is_floating_point():
+        raise ValueError(f"x must hold floating-point numbers, found {x.dtype}")
     if x.ndim != 3 or x.shape[0] != layout.num_nodes:
         raise ValueError(f"x must be [N, B, D] with N = {layout.num_nodes} nodes, found {list(x.shape)}")
     N, (B, D), R = layout.num_dst, x.shape[1:], layout.num_relations
