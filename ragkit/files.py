@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 
 def _as_others(path: str | Path, mode: int) -> None:
@@ -19,14 +19,15 @@ def _as_others(path: str | Path, mode: int) -> None:
     os.chmod(path, mode & ~mask)
 
 
-def atomic_write_text(path: str | Path, text: str) -> Path:
-    """Writes `text` (UTF-8) to `path` through a temporary file in the same folder and a rename."""
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write bytes to, that stands at `path` once the block has ended without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         _as_others(temporary, 0o666)
@@ -34,7 +35,13 @@ def atomic_write_text(path: str | Path, text: str) -> Path:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    return path
+
+
+def atomic_write_text(path: str | Path, text: str) -> Path:
+    """Writes `text` (UTF-8) to `path` through a temporary file in the same folder and a rename."""
+    with atomic_file(path) as file:
+        file.write(text.encode("utf-8"))
+    return Path(path)
 
 
 def atomic_write_json(path: str | Path, value: Any) -> Path:

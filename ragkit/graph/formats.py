@@ -11,8 +11,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from ragkit import small_world
-from ragkit.files import atomic_write_json
-from ragkit.graph.disk import atomic_file
+from ragkit.files import atomic_file, atomic_write_json
 from ragkit.graph.documents import from_lists, read_json_object
 from ragkit.graph.kg_text import read_kg_text, write_kg_text
 from ragkit.graph.normalise import v1_name

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 
-from ragkit.graph.disk import atomic_file
+from ragkit.files import atomic_file
 from ragkit.graph.documents import from_pairs, read_json_object
 from ragkit.graph.names import Names, joined, large_strings
 from ragkit.graph.parts import GraphParts
