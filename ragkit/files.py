@@ -20,6 +20,24 @@ def _as_others(path: str | Path, mode: int) -> None:
 
 
 @contextmanager
+def exclusive(handle: int) -> Iterator[None]:
+    """Holds an open file for this process alone, against others that ask the same; a killed process lets go of it.
+
+    Where the system has no `flock` (Windows) nothing is held.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        fcntl.flock(handle, fcntl.LOCK_UN)
+
+
+@contextmanager
 def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     """A file to write bytes to, that stands at `path` once the block has ended without an error."""
     path = Path(path)

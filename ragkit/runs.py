@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import yaml
 
-from ragkit.files import atomic_write_json, atomic_write_text
+from ragkit.files import atomic_write_json, atomic_write_text, exclusive
 
 CHECKPOINT_MARKER = "ragkit_complete.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -119,11 +119,13 @@ class Run:
         line = (json.dumps(_plain(event), ensure_ascii=False, allow_nan=False) + "\n").encode()
         handle = os.open(self.events_path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            size = os.fstat(handle).st_size
-            if size and _byte_at(handle, size - 1) != b"\n":
-                # The writer before us was killed in the middle of a line: that half is not an event.
-                os.ftruncate(handle, _end_of_last_line(self.events_path))
-            os.write(handle, line)  # one write: a reader never sees two halves of two writers mixed
+            # Alone: a long line of another writer grows page by page, and half of it must not be taken for a torn one.
+            with exclusive(handle):
+                size = os.fstat(handle).st_size
+                if size and _byte_at(handle, size - 1) != b"\n":
+                    # The writer before us was killed in the middle of a line: that half is not an event.
+                    os.ftruncate(handle, _end_of_last_line(self.events_path))
+                os.write(handle, line)  # one write: a reader never sees two halves of two writers mixed
         finally:
             os.close(handle)
 

@@ -130,8 +130,8 @@ def test_truncate_drops_later_steps(run):
 
 def _write_many(path, writer):
     run = Run(path)
-    for i in range(50):
-        run.log({"writer": writer, "i": i, "text": "x" * 500})
+    for i in range(200):  # lines of several pages: a write grows the file page by page
+        run.log({"writer": writer, "i": i, "text": "x" * 20_000})
 
 
 def test_two_processes_never_mix_their_lines(run):
@@ -143,7 +143,7 @@ def test_two_processes_never_mix_their_lines(run):
         worker.join()
     events = run.events()
     for writer in range(2):
-        assert [event["i"] for event in events if event["writer"] == writer] == list(range(50))
+        assert [event["i"] for event in events if event["writer"] == writer] == list(range(200))
 
 
 # ---- metrics and stop ----
