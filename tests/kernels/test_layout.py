@@ -74,6 +74,7 @@ def test_tensors_bring_the_layout_back(name):
     layout = case.layout()
     again = GraphLayout.from_tensors(layout.tensors(), case.nodes, case.relations)
     assert all(torch.equal(a, b) for a, b in zip(layout.flat(), again.flat(), strict=True))
+    assert again.max_degree == (int(torch.bincount(case.dst).max()) if len(case) else 0)
     flat = GraphLayout.from_flat(layout.flat())
     assert (flat.num_nodes, flat.num_relations, flat.num_edges) == (case.nodes, case.relations, len(case))
 

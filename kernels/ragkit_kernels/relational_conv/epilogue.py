@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ragkit_kernels.registration import no_second_derivative
 from ragkit_kernels.relational_conv import backends
-from ragkit_kernels.relational_conv.op import no_second_derivative, unit_stride
+from ragkit_kernels.relational_conv.op import unit_stride
 from ragkit_kernels.relational_conv.reference import norm_relu_residual_reference, relu_dot_reference
 
 NARROW = (torch.float16, torch.bfloat16)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ragkit_kernels.registration import no_second_derivative, register_autocast
 from ragkit_kernels.relational_conv.epilogue import norm_backward, norm_into
 from ragkit_kernels.relational_conv.layout import GraphLayout
 from ragkit_kernels.relational_conv.op import (
     boundary_gradients,
     conv_backward,
     conv_into,
-    no_second_derivative,
     passed_back,
-    register_autocast,
     unit_stride,
 )
 

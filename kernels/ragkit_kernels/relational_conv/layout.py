@@ -76,6 +76,11 @@ class GraphLayout:
         return len(self.by_dst.ptr) - 1
 
     @property
+    def max_degree(self) -> int:
+        """Largest number of edges into one node."""
+        return int(self.by_dst.ptr.diff().max()) if self.num_dst else 0
+
+    @property
     def device(self) -> torch.device:
         return self.order.device
 

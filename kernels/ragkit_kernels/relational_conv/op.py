@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ragkit_kernels.registration import no_second_derivative, register_autocast
 from ragkit_kernels.relational_conv import backends
 from ragkit_kernels.relational_conv.layout import GraphLayout, kept_degree
 from ragkit_kernels.relational_conv.reference import (
@@ -292,10 +293,6 @@ def _(grad, won, x, relation, edge_weight, edge_mask, layout, message, aggregate
     )
 
 
-def no_second_derivative(ctx, *grads):
-    raise RuntimeError("the graph kernels have no second derivative; use backend='reference' for it")
-
-
 conv_backward.register_autograd(no_second_derivative)
 
 
@@ -380,25 +377,6 @@ def _backward(ctx, grad, _):
 
 
 _conv.register_autograd(_backward, setup_context=_setup)
-
-
-def register_autocast(name: str, floats: tuple[int, ...]) -> None:
-    """Under autocast, the arguments at these places (tensors or None) are cast to autocast's dtype."""
-
-    def rule(device_type: str):
-        def cast(*args):
-            dtype = torch.get_autocast_dtype(device_type)
-            cast_args = [
-                a.to(dtype) if i in floats and isinstance(a, Tensor) and a.is_floating_point() else a
-                for i, a in enumerate(args)
-            ]
-            with torch.autocast(device_type, enabled=False):
-                return getattr(torch.ops.ragkit, name)(*cast_args)
-
-        return cast
-
-    for device_type in ("cuda", "cpu"):
-        torch.library.impl(f"ragkit::{name}", f"Autocast{device_type.upper()}")(rule(device_type))
 
 
 register_autocast("relational_conv", floats=(0, 1, 2, 4))
