@@ -22,10 +22,10 @@ from statistics import mean
 from typing import Any
 
 import torch
-from measure import append_rows, in_child, in_turn, memory_growth, show, where
+from measure import append_rows, in_turn, memory_growth, show, where
 from pyg_peer import PygRetriever
 from ragkit_kernels.relational_conv import backends
-from relational_conv import Graph, read, synthetic
+from relational_conv import Graph, memory, read, synthetic
 from torch import Tensor
 
 from ragkit.gfm import GFMSettings, GNNRetriever
@@ -33,6 +33,7 @@ from ragkit.graph import KnowledgeGraph
 
 TEXT_DIM = 768
 METHODS = ["ragkit", "pyg", "reference", "products"]
+SIZES = ("nodes", "triples", "relations", "dim", "layers", "threads")
 
 
 class PygGraph:
@@ -121,7 +122,7 @@ def model_rows(args: argparse.Namespace, name: str, dtype: str, batch: int) -> l
                     "method": method,
                     "ms": round(times[method]["ms"], 1),
                     "cpu_s": round(times[method]["cpu_s"], 2),
-                    "peak_mib": round(memory(args, name, dtype, batch, case, method, backward), 0),
+                    "peak_mib": round(memory(args, name, dtype, batch, case, method, backward, __file__, SIZES), 0),
                     "times_peer": round(times["pyg"]["ms"] / times[method]["ms"], 2) if "pyg" in times else "",
                 }
             )
@@ -143,17 +144,6 @@ def row_start(
         "batch": batch,
         "dtype": dtype,
     }
-
-
-def memory(
-    args: argparse.Namespace, name: str, dtype: str, batch: int, case: Case, method: str, backward: bool
-) -> float:
-    """Peak memory of one call; weights, graph and inputs not counted."""
-    if args.device.startswith("cuda"):
-        return memory_growth(lambda: None, partial(case.call, method, backward), args.device)
-    sizes = [f"--{key}={getattr(args, key)}" for key in ("nodes", "triples", "relations", "dim", "layers", "threads")]
-    where_to = ["--graph", name, "--batch", str(batch), "--dtype", dtype]
-    return in_child(__file__, *sizes, *where_to, "--memory", method, str(int(backward)))
 
 
 def question_rows(args: argparse.Namespace, folder: str, dtype: str) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -231,16 +231,15 @@ def measure(
 
 
 def memory(
-    args: argparse.Namespace, name: str, dtype: str, batch: int, case: Case, method: str, backward: bool
-) -> float:
-    """Peak memory of one call."""
+    args: argparse.Namespace, name: str, dtype: str, batch: int, case: Any, method: str, backward: bool,
+    script: str = __file__, sizes: Sequence[str] = ("nodes", "triples", "relations", "dim", "threads"),
+) -> float:  # fmt: skip
+    """Peak memory of one call, weights, graph and inputs not counted; on a CPU in a new process of the script."""
     if args.device.startswith("cuda"):
         return memory_growth(lambda: None, partial(case.call, method, backward), args.device)
-    sizes = [f"--{key}={getattr(args, key)}" for key in ("nodes", "triples", "relations", "dim", "threads")]
-    return in_child(
-        __file__, *sizes, "--graph", name, "--batch", str(batch), "--dtype", dtype, "--memory", method,
-        str(int(backward)),
-    )  # fmt: skip
+    options = [f"--{key}={getattr(args, key)}" for key in sizes]
+    where_to = ["--graph", name, "--batch", str(batch), "--dtype", dtype]
+    return in_child(script, *options, *where_to, "--memory", method, str(int(backward)))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from ragkit_kernels.relational_conv.layout import GraphLayout, Segments, work_lists
+from ragkit_kernels.relational_conv.layout import GraphLayout, pointers, segments
 from torch import Tensor
 
 
@@ -54,10 +54,10 @@ class ActiveRows:
         torch.cumsum(kept, 0, out=place[1:])
         chosen = kept.nonzero().squeeze(1)
         position = torch.arange(len(chosen), device=ptr.device)
-        by_dst = _segments(place[ptr], (*self.edges[:, chosen], position))
+        by_dst = segments(place[ptr], (*self.edges[:, chosen], position))
         if backward:
             by_src, by_rel = (
-                _segments(_pointers(key[order], size), (self._destination[order], other[order], place[order]))
+                segments(pointers(key[order], size), (self._destination[order], other[order], place[order]))
                 for key, other, order, size in (
                     (self.edges[0], self.edges[1], _among(self._by_source, kept), sources),
                     (self.edges[1], self.edges[0], _among(self._by_relation, kept), self.num_relations),
@@ -65,7 +65,7 @@ class ActiveRows:
             )
         else:
             nothing = (position[:0],) * 3
-            by_src, by_rel = (_segments(ptr.new_zeros(size + 1), nothing) for size in (sources, self.num_relations))
+            by_src, by_rel = (segments(ptr.new_zeros(size + 1), nothing) for size in (sources, self.num_relations))
         return GraphLayout(sources, self.num_relations, by_dst, by_src, by_rel, position.int())
 
     @cached_property
@@ -85,17 +85,6 @@ class ActiveRows:
 def _among(order: Tensor, kept: Tensor) -> Tensor:
     """The kept edges, in this order."""
     return order[kept[order]]
-
-
-def _pointers(keys: Tensor, size: int) -> Tensor:
-    """[size + 1] where each key's run begins in sorted `keys`."""
-    ptr = keys.new_zeros(size + 1)
-    torch.cumsum(torch.bincount(keys, minlength=size), 0, out=ptr[1:])
-    return ptr
-
-
-def _segments(ptr: Tensor, edges: tuple[Tensor, ...]) -> Segments:
-    return Segments(ptr.int(), torch.stack(edges).int(), *work_lists(ptr))
 
 
 def active_rows(

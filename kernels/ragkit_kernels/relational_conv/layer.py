@@ -113,11 +113,10 @@ def relational_layer(
         x = norm_relu_residual_reference(h, z[..., :D] if residual else None, norm_weight, norm_bias, eps)
         if relation is None:
             return x
-        update = relational_conv_reference(
+        return relational_step(
             x, relation, layout, boundary=boundary, edge_weight=edge_weight, edge_mask=edge_mask, message=message,
-            aggregate=aggregate,
+            aggregate=aggregate, backend="reference",
         )  # fmt: skip
-        return torch.cat([x, update], dim=-1)
     return torch.ops.ragkit.relational_layer(
         z, weight, bias, norm_weight, norm_bias, eps, residual, relation, given, mask, query, edge_weight, edge_mask,
         layout.flat(), message, aggregate,

@@ -179,11 +179,11 @@ def build_layout(
     order = _sort(dst, rel, src, (num_dst, num_relations, num_nodes))
     dst, src, rel = dst[order], src[order], rel[order]  # from here on, positions of by_dst
     position = torch.arange(len(dst), dtype=torch.int32, device=dst.device)
-    by_dst = _segments(dst, num_dst, (src, rel, position))
+    by_dst = segments(pointers(dst, num_dst), (src, rel, position))
     p = _sort(src, rel, dst, (num_nodes, num_relations, num_dst))
-    by_src = _segments(src[p], num_nodes, (dst[p], rel[p], p))
+    by_src = segments(pointers(src[p], num_nodes), (dst[p], rel[p], p))
     p = _sort(rel, dst, src, (num_relations, num_dst, num_nodes))
-    by_rel = _segments(rel[p], num_relations, (dst[p], src[p], p))
+    by_rel = segments(pointers(rel[p], num_relations), (dst[p], src[p], p))
     return GraphLayout(num_nodes, num_relations, by_dst, by_src, by_rel, order.int())
 
 
@@ -197,14 +197,16 @@ def _sort(a: Tensor, b: Tensor, c: Tensor, limits: tuple[int, int, int]) -> Tens
     return order
 
 
-def _segments(key: Tensor, count: int, edges: Iterable[Tensor]) -> Segments:
-    """Segments of edges that are sorted by `key` ([E], ids below `count`) already."""
-    degree = torch.bincount(key, minlength=count)
+def pointers(key: Tensor, count: int) -> Tensor:
+    """[count + 1] int64: where each id's run begins in `key`, [E] sorted ids below `count`."""
     ptr = torch.zeros(count + 1, dtype=torch.int64, device=key.device)
-    torch.cumsum(degree, 0, out=ptr[1:])
-    units, heavy = work_lists(ptr)
-    stacked = torch.stack([e.int() for e in edges])  # [3, E]
-    return Segments(ptr.int(), stacked, units, heavy)
+    torch.cumsum(torch.bincount(key, minlength=count), 0, out=ptr[1:])
+    return ptr
+
+
+def segments(ptr: Tensor, edges: Iterable[Tensor]) -> Segments:
+    """Segments with their work lists, of edges (three [E] columns) that are sorted already."""
+    return Segments(ptr.int(), torch.stack([e.int() for e in edges]), *work_lists(ptr))
 
 
 def work_lists(ptr: Tensor, unit_edges: int = UNIT_EDGES) -> tuple[Tensor, Tensor]:
