@@ -254,11 +254,7 @@ class QueryGNN(GraphModel):
             GraphError: The graph or its relation embeddings do not fit.
             ValueError: Ids out of range, or a row whose heads and tails both differ.
         """
-        view = view_of(graph)
-        if view.num_relations % 2:
-            raise GraphError(
-                f"{view.num_relations} relations: link prediction needs an inverse r + R/2 for each relation r"
-            )
+        view = paired_view(graph)
         batch_htr = batch_htr.to(self.device)
         check_triples(batch_htr, view.num_nodes, view.num_relations)
         head, tail, rel = batch_htr.unbind(-1)  # [B, K] each
@@ -269,16 +265,62 @@ class QueryGNN(GraphModel):
                 torch.cat([head, tail]).flatten(), torch.cat([rel, back]).flatten(), torch.cat([tail, head]).flatten()
             )
         head, tail, rel = tail_form(head, tail, rel, view.num_relations)
-        tables = self.relations(graph)
-        B, device = len(head), self.device
-        query = tables.base[rel[:, 0]]  # [R, D] -> [B, D]
-        rows = torch.arange(B, device=device)
-        mask = torch.zeros(view.num_nodes, B, device=device)
-        mask[head[:, 0], rows] = 1.0
-        states = self.entity_model.states(view.layout(device), tables.layers, mask, query, edge_mask=edge_mask)
-        parts = [states] if isinstance(states, Tensor) else states
+        parts, query = self._walk(graph, view, head[:, 0], rel[:, 0], edge_mask)
+        rows = torch.arange(len(head), device=self.device)
         wanted = [part[tail.t(), rows] for part in parts]  # [N, B, D] -> [K, B, D]: the head runs on candidates only
         return self.entity_model.score(wanted, query).t().contiguous()  # [K, B] -> [B, K]
+
+    def score_all(self, graph: Any, head: Tensor, relation: Tensor) -> Tensor:
+        """Scores of all entities as tails of (head, relation, ?), with every edge of the graph in place.
+
+        The same as `forward` with all N candidates and `remove_easy_edges=False`.
+
+        Args:
+            graph: As in `forward`.
+            head: [B] integer ids.
+            relation: [B] integer ids; r + R/2 asks for the heads of relation r.
+
+        Returns:
+            [B, N] logits.
+
+        Raises:
+            GraphError: The graph or its relation embeddings do not fit.
+            ValueError: Ids out of range, or not one relation for each head.
+        """
+        view = paired_view(graph)
+        if head.ndim != 1 or head.shape != relation.shape:
+            raise ValueError(
+                f"expected head [B] and relation [B], found {list(head.shape)} and {list(relation.shape)}"
+            )
+        batch = torch.stack([head, head, relation], 1).to(self.device)  # [B, 3]
+        check_triples(batch[:, None], view.num_nodes, view.num_relations)
+        parts, query = self._walk(graph, view, batch[:, 0], batch[:, 2])
+        return self.entity_model.score(parts, query).t().contiguous()  # [N, B] -> [B, N]
+
+    def _walk(
+        self, graph: Any, view: GraphView, head: Tensor, rel: Tensor, edge_mask: Tensor | None = None
+    ) -> tuple[list[Tensor], Tensor]:
+        """States [N, B, D] of B queries (several with concat_hidden), and the queries [B, D]."""
+        tables = self.relations(graph)
+        query = tables.base[rel]  # [R, D] -> [B, D]
+        mask = torch.zeros(view.num_nodes, len(head), device=self.device)
+        mask[head, torch.arange(len(head), device=self.device)] = 1.0
+        states = self.entity_model.states(view.layout(self.device), tables.layers, mask, query, edge_mask=edge_mask)
+        return ([states] if isinstance(states, Tensor) else states), query
+
+
+def paired_view(graph: Any) -> GraphView:
+    """The graph's view, if each relation has its inverse.
+
+    Raises:
+        GraphError: The number of relations is odd, or the graph does not fit.
+    """
+    view = view_of(graph)
+    if view.num_relations % 2:
+        raise GraphError(
+            f"{view.num_relations} relations: link prediction needs an inverse r + R/2 for each relation r"
+        )
+    return view
 
 
 def check_triples(batch: Tensor, N: int, R: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -312,6 +313,28 @@ class KnowledgeGraph:
         """The graph's plain arrays (shared, not copied)."""
         documents = Documents(self.documents, self.document_ptr, self.document_entities, self.texts)
         return GraphParts(self.entities, self.relations, self.head, self.relation, self.tail, documents, self.report)
+
+    def with_triples(self, keep: Any) -> KnowledgeGraph:
+        """The graph with only some of its triples, for example without those that are held out.
+
+        Entities, relations, documents and `rel_emb` are shared with this graph, ids included; layout and fingerprint
+        are its own.
+
+        Args:
+            keep: [T] bool array or tensor, True for the triples that stay.
+
+        Raises:
+            GraphError: `keep` is not one bool for each triple.
+        """
+        keep = np.asarray(keep)
+        if keep.dtype != np.bool_ or keep.shape != self.head.shape:
+            raise GraphError(
+                f"keep: expected bool [{self.num_triples}], one for each triple, found {keep.dtype} {list(keep.shape)}"
+            )
+        kept = {name: getattr(self, name)[keep] for name in ("head", "relation", "tail")}
+        graph = KnowledgeGraph(replace(self.parts(), **kept))
+        graph._rel_emb = self._rel_emb
+        return graph
 
     @cached_property
     def fingerprint(self) -> str:

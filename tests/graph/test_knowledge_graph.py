@@ -189,6 +189,41 @@ def test_the_fingerprint_sees_names_triples_and_incidence_and_nothing_else(graph
 
 
 @given(st.data())
+def test_a_graph_with_some_triples_is_the_one_made_of_them(data):
+    ids = st.integers(0, 4)
+    triples = data.draw(st.lists(st.tuples(ids, st.integers(0, 2), ids), max_size=12))
+    keep = data.draw(st.lists(st.booleans(), min_size=len(triples), max_size=len(triples)))
+
+    def made_of(rows):
+        head, relation, tail = np.array(rows, np.int64).reshape(-1, 3).T
+        texts = pa.array(["x", None], pa.large_string())
+        documents = Documents(Names(["d", "e"]), np.array([0, 2, 3]), np.array([4, 0, 1]), texts)
+        names = Names(list("abcde"), "entity"), Names(["r", "s", "t"], "relation")
+        return KnowledgeGraph(GraphParts(*names, head, relation, tail, documents))
+
+    whole, wanted = made_of(triples), made_of([row for row, kept in zip(triples, keep, strict=True) if kept])
+    whole.rel_emb = torch.ones(6, 4)
+    before = whole.fingerprint, whole.layout
+    mask = np.array(keep, bool)
+    for form in (mask, torch.from_numpy(mask)):
+        found = whole.with_triples(form)
+        assert found.fingerprint == wanted.fingerprint and (found.fingerprint == before[0]) == all(keep)
+        assert torch.equal(found.edge_index, wanted.edge_index) and torch.equal(found.edge_type, wanted.edge_type)
+        layouts = found.layout.tensors(), wanted.layout.tensors()
+        assert all(torch.equal(layouts[0][name], layouts[1][name]) for name in layouts[1])
+        assert found.rel_emb is whole.rel_emb and found.texts is whole.texts and found.report is whole.report
+        assert found.entities is whole.entities and found.relations is whole.relations
+        assert found.documents is whole.documents and found.document_entities is whole.document_entities
+    assert (whole.fingerprint, whole.layout) == before and whole.num_triples == len(triples)
+
+
+def test_a_choice_of_triples_that_does_not_fit(graph):
+    for keep in (np.ones(4, bool), np.ones((5, 1), bool), np.arange(5), torch.ones(5)):
+        with pytest.raises(GraphError, match=r"keep: expected bool \[5\], one for each triple, found "):
+            graph.with_triples(keep)
+
+
+@given(st.data())
 def test_any_graph_survives_save_and_load(tmp_path_factory, data):
     names = data.draw(st.lists(NAMES, min_size=1, max_size=5, unique=True))
     name = st.sampled_from(names)
