@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from ragkit.gfm_config import GFMEvaluateConfig, GFMFinetuneConfig, GFMPretrainConfig
 from ragkit.settings import Config, ConfigError, Problem, group, help_text, load_config, setting
 
 __all__ = [
@@ -16,6 +17,9 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "EvaluateConfig",
+    "GFMEvaluateConfig",
+    "GFMFinetuneConfig",
+    "GFMPretrainConfig",
     "LSRConfig",
     "Problem",
     "QueryConfig",

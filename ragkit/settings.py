@@ -312,6 +312,8 @@ def _default_of(cls: type[Config], key: str) -> Any:
 
 
 def _yaml_value(value: Any) -> str:
+    if isinstance(value, list):
+        value = [item.explicit() if isinstance(item, Config) else item for item in value]
     return yaml.safe_dump(value, default_flow_style=True, allow_unicode=True).removesuffix("\n...\n").strip() or "''"
 
 
@@ -333,7 +335,11 @@ def _readable(error: ValidationError, cls: type[Config]) -> ConfigError:
             for leaf, inner in _leaves(key, value):
                 problems[leaf] = Problem(leaf, inner, valid, nearest_key(cls, leaf), unknown=True)
             continue
-        if found["type"] in ("value_error", "missing") or key not in fields:
+        inside = ".".join(parts[known + 1 :]) if len(parts) > known + 1 and parts[known].isdigit() else ""
+        if inside:  # a list of groups: which of them, and which of its settings
+            key = f"{key}[{parts[known]}].{inside}"
+            problem = Problem(key, value, found["msg"].removeprefix("Input should be ").removeprefix("Value error, "))
+        elif found["type"] in ("value_error", "missing") or key not in fields:
             problem = Problem(key, value, found["msg"].removeprefix("Value error, "))
         else:
             item = [f" (item {part})" for part in parts[known:] if part.isdigit()]

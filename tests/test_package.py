@@ -53,7 +53,7 @@ def test_public_names_resolve():
 ROOMS = [
     ["ragkit_kernels"],
     ["ragkit.optional", "ragkit.files", "ragkit.small_world"],
-    ["ragkit.config", "ragkit.settings", "ragkit.setting_types"],
+    ["ragkit.config", "ragkit.gfm_config", "ragkit.settings", "ragkit.setting_types"],
     ["ragkit.runs", "ragkit.tables", "ragkit.threads"],
     ["ragkit.processes", "ragkit.trained_part", "ragkit.run_callback", "ragkit.engine"],
     ["ragkit.prompts", "ragkit.metrics", "ragkit.evaluation", "ragkit.plots"],

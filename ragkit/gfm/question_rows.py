@@ -29,12 +29,14 @@ class QuestionRow:
         id: Its id; the number where it has none.
         question: The text.
         names: For each of `FIELDS` the names, each once.
+        is_part: Whether it is marked `sub_question`.
     """
 
     number: int
     id: str
     question: str
     names: dict[str, list[str]]
+    is_part: bool = False
 
 
 @dataclass
@@ -151,7 +153,7 @@ def read_rows(name: str, content: bytes, report: QuestionReport) -> list[Questio
             continue
         first[identity] = number, row
         if question.strip():
-            found.append(QuestionRow(number, identity, question.strip(), names))
+            found.append(QuestionRow(number, identity, question.strip(), names, bool(row.get("sub_question"))))
         else:
             report.skip(number, "no question")
     return found

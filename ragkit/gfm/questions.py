@@ -63,6 +63,8 @@ class QuestionSet:
         embeddings: [Q, F] float32.
         question_entities, supporting_entities: Q lists of entity ids.
         supporting_documents: Q lists of document ids.
+        is_part: [Q] bool, True for a row marked `sub_question` (MuSiQue's single-hop parts): published scores leave
+            them out.
         report: What was left out, and why.
     """
 
@@ -73,6 +75,7 @@ class QuestionSet:
     question_entities: Ragged
     supporting_entities: Ragged
     supporting_documents: Ragged
+    is_part: Tensor
     report: QuestionReport
 
     @classmethod
@@ -116,7 +119,8 @@ class QuestionSet:
         entities, support, documents = (Ragged(tensors[f"{c}.ptr"], tensors[f"{c}.ids"]) for c in FIELDS)
         embeddings = tensors["embeddings"]
         return cls(
-            meta["ids"], meta["rows"], meta["questions"], embeddings, entities, support, documents, report
+            meta["ids"], meta["rows"], meta["questions"], embeddings, entities, support, documents,
+            tensors["is_part"].bool(), report,
         )  # fmt: skip
 
     def __len__(self) -> int:
@@ -131,6 +135,28 @@ class QuestionSet:
             self.question_entities.at(places),
             self.supporting_entities.at(places),
             self.supporting_documents.at(places),
+        )
+
+    def subset(self, places: Sequence[int] | Tensor) -> QuestionSet:
+        """The questions at these places, in this order; the report stays that of the file.
+
+        Raises:
+            IndexError: There is no such place.
+        """
+        chosen = [int(place) for place in places]
+        rows = torch.tensor(chosen, dtype=torch.long)
+        columns = (self.question_entities, self.supporting_entities, self.supporting_documents)
+        entities, support, documents = (Ragged.of(ids.tolist() for ids in column.at(chosen)) for column in columns)
+        return QuestionSet(
+            [self.ids[i] for i in chosen],
+            [self.rows[i] for i in chosen],
+            [self.questions[i] for i in chosen],
+            self.embeddings[rows],
+            entities,
+            support,
+            documents,
+            self.is_part[rows],
+            self.report,
         )
 
     def batches(self, size: int) -> Iterator[QuestionBatch]:
@@ -164,6 +190,7 @@ def _make(name: str, content: bytes, graph: KnowledgeGraph, encoder: TextEncoder
         raise QuestionError(f"no question can be used. {report}")
     kept = [rows[place] for place in used]
     tensors = {"embeddings": encode(encoder, [row.question for row in kept], "query")}
+    tensors["is_part"] = torch.tensor([row.is_part for row in kept], dtype=torch.uint8)
     for column, lists in columns.items():
         ragged = Ragged.of(lists[place] for place in used)
         tensors[f"{column}.ptr"], tensors[f"{column}.ids"] = ragged.ptr, ragged.ids

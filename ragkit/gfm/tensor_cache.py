@@ -20,7 +20,7 @@ from torch import Tensor
 from ragkit.files import atomic_dir
 from ragkit.graph.cache import user_cache
 
-VERSION = 1  # raise it whenever the same key gives another content
+VERSION = 2  # raise it whenever the same key gives another content
 Content = tuple[dict[str, Tensor], dict[str, Any]]
 
 
