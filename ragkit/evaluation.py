@@ -14,7 +14,18 @@ from typing import Any
 
 import numpy as np
 
-from ragkit.metrics import all_at_k, exact_match, f1, mrr, ndcg_at_k, normalize_answer, recall_at_k
+from ragkit.metrics import (
+    all_at_k,
+    exact_match,
+    f1,
+    filtered_hits_at_k,
+    filtered_mrr,
+    filtered_ranks,
+    mrr,
+    ndcg_at_k,
+    normalize_answer,
+    recall_at_k,
+)
 from ragkit.tables import html_table, number, text_table
 
 __all__ = [
@@ -27,6 +38,9 @@ __all__ = [
     "evaluate",
     "exact_match",
     "f1",
+    "filtered_hits_at_k",
+    "filtered_mrr",
+    "filtered_ranks",
     "mrr",
     "ndcg_at_k",
     "normalize_answer",
@@ -34,6 +48,12 @@ __all__ = [
     "retrieval_values",
 ]
 LEVEL = 0.95
+_LEFT_OUT = {  # metric: why a question has none
+    "mrr": "without a supporting passage (no retrieval scores)",
+    "doc_mrr": "without a supporting document (no document scores)",
+    "ent_mrr": "without a supporting entity (no entity scores)",
+    "em": "without an answer",
+}
 
 
 # ---- intervals ----
@@ -181,7 +201,7 @@ class EvaluationResult:
     def _note(self) -> str:
         """How many questions a kind of metric leaves out."""
         notes = []
-        for name, why in (("mrr", "without a supporting passage (no retrieval scores)"), ("em", "without an answer")):
+        for name, why in _LEFT_OUT.items():
             left_out = len(self.ids) - self.metrics[name].n if name in self.metrics else 0
             if left_out:
                 notes.append(f"{left_out} {why}")

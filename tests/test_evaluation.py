@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import dataclass, field
@@ -18,6 +19,9 @@ from ragkit.evaluation import (
     evaluate,
     exact_match,
     f1,
+    filtered_hits_at_k,
+    filtered_mrr,
+    filtered_ranks,
     mrr,
     ndcg_at_k,
     normalize_answer,
@@ -81,6 +85,71 @@ def test_metrics_equal_the_textbook(rows, k):
     expected = np.array([naive(row, wanted, k) for row, wanted in rows]).reshape(-1, 4)
     found = [metric(retrieved, relevant, k) for metric in (recall_at_k, all_at_k, ndcg_at_k, mrr)]
     np.testing.assert_allclose(np.stack(found, axis=1), expected, atol=1e-12)
+
+
+# ---- filtered ranks ----
+
+
+def test_filtered_hits_are_no_recall():
+    """Gold at places 1 and 3: the one at 3 has one item before it that is not gold."""
+    scores = [9.0, 8.0, 7.0, 6.0]
+    assert recall_at_k([["0", "1", "2", "3"]], [{"0", "2"}], 2).tolist() == [0.5]
+    ranks = filtered_ranks(scores, [0, 2])
+    assert ranks.tolist() == [1, 2] and filtered_ranks(scores, [2, 0, 2]).tolist() == [2, 1]
+    assert filtered_hits_at_k([ranks], 2).tolist() == [1.0] and filtered_hits_at_k([ranks], 1).tolist() == [0.5]
+    assert filtered_mrr([ranks]).tolist() == [0.75]
+
+
+def test_equal_items_that_are_not_gold_count_half():
+    scores = np.array([1, 5, 1, 1, 5, 1], dtype=np.float32)
+    assert filtered_ranks(scores, [1]).tolist() == [1.5]
+    assert filtered_ranks(scores, [1, 4]).tolist() == [1, 1]  # gold items do not tie with each other
+    assert filtered_ranks(scores, [0, 5]).tolist() == [4, 4]  # two are higher, and two others equal
+    assert filtered_hits_at_k([np.array([1.5, 4.0])], 1).tolist() == [0]
+    assert filtered_hits_at_k([np.array([1.5, 4.0])], 2).tolist() == [0.5]
+
+
+def test_filtered_edges():
+    assert filtered_ranks([1.0, 2.0], [0, 1]).tolist() == [1, 1]  # everything is gold
+    assert filtered_ranks([1.0], []).shape == (0,)
+    hits = filtered_hits_at_k([np.array([1.0]), np.array([])], 3)
+    np.testing.assert_array_equal(hits, [1, np.nan])
+    np.testing.assert_array_equal(filtered_mrr([np.array([]), np.array([4.0])]), [np.nan, 0.25])
+    assert filtered_mrr([]).shape == (0,) and filtered_hits_at_k([], 1).shape == (0,)
+    for gold in ([2], [-1]):
+        with pytest.raises(ValueError, match=rf"gold: place {gold[0]} is not in 0 ... 1"):
+            filtered_ranks([1.0, 2.0], gold)
+    with pytest.raises(ValueError, match="place 1 is NaN"):
+        filtered_ranks([1.0, math.nan], [0])
+    with pytest.raises(ValueError, match="expected one row"):
+        filtered_ranks(np.zeros((2, 2)), [0])
+    with pytest.raises(ValueError, match="k: found 0, expected 1 or more"):
+        filtered_hits_at_k([np.array([1.0])], 0)
+
+
+some_scores = st.lists(st.integers(-2, 2), min_size=1, max_size=6)
+
+
+@given(some_scores, st.data())
+def test_filtered_ranks_are_v1s_on_average_over_all_ways_to_break_ties(scores, data):
+    """v1: the place in one sorted order - the place among the gold items in it + 1."""
+    gold = data.draw(st.lists(st.integers(0, len(scores) - 1), unique=True, min_size=1))
+    drawn = []
+    for shuffle in itertools.permutations(range(len(scores))):
+        order = sorted(shuffle, key=lambda place: -scores[place])  # stable: ties as shuffled
+        of_gold = [place for place in order if place in gold]
+        drawn.append([order.index(place) - of_gold.index(place) + 1 for place in gold])
+    np.testing.assert_allclose(filtered_ranks(scores, gold), np.mean(drawn, axis=0), atol=1e-9)
+
+
+@given(st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=30, unique=True), st.data(), st.integers(1, 9))
+def test_filtered_hits_are_never_below_recall(scores, data, k):
+    gold = data.draw(st.lists(st.integers(0, len(scores) - 1), unique=True, min_size=1))
+    order = np.argsort(-np.array(scores)).tolist()
+    ranks = filtered_ranks(scores, gold)
+    assert filtered_hits_at_k([ranks], k)[0] >= recall_at_k([order], [set(gold)], k)[0]
+    assert ranks.min() == order.index(min(gold, key=order.index)) + 1  # the first gold item has its true rank
+    assert filtered_mrr([ranks])[0] <= mrr([order], [set(gold)])[0] + 1e-12
 
 
 # ---- answers ----

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ragkit.gfm.checkpoint import as_link_predictor, as_retriever, export_v1, load_gfm, save_gfm
+from ragkit.gfm.evaluate import evaluate_datasets, evaluate_gfm, evaluate_rankers
 from ragkit.gfm.link_evaluation import evaluate_links
 from ragkit.gfm.losses import bce_loss, link_prediction_loss, listce_loss, retrieval_loss
 from ragkit.gfm.model import GNNRetriever, QueryGNN
@@ -10,6 +11,7 @@ from ragkit.gfm.question_rows import QuestionError, QuestionReport
 from ragkit.gfm.questions import QuestionBatch, QuestionSet
 from ragkit.gfm.rankers import RANKERS, Incidence, entity_weights
 from ragkit.gfm.settings import GFMSettings
+from ragkit.gfm.shards import mean_metrics, merge_shards
 from ragkit.gfm.text_encoder import TextEncoder, embed_relations
 from ragkit.gfm.triples import TrueTriples, corrupt, graph_triples, hold_out
 from ragkit.gfm.weights_file import CheckpointError
@@ -33,13 +35,18 @@ __all__ = [
     "corrupt",
     "embed_relations",
     "entity_weights",
+    "evaluate_datasets",
+    "evaluate_gfm",
     "evaluate_links",
+    "evaluate_rankers",
     "export_v1",
     "graph_triples",
     "hold_out",
     "link_prediction_loss",
     "listce_loss",
     "load_gfm",
+    "mean_metrics",
+    "merge_shards",
     "retrieval_loss",
     "save_gfm",
 ]
