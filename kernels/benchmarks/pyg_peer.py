@@ -8,6 +8,7 @@ states and query are concatenated.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch_geometric.nn import MessagePassing
 from torch_geometric.utils import scatter
@@ -71,3 +72,16 @@ class PygRetriever(nn.Module):
         for layer in self.entity_model.layers:
             x = layer(x, relation, boundary, edge_index, edge_type)
         return self.entity_model.mlp(torch.cat([x, query.unsqueeze(1).expand_as(x)], dim=-1)).squeeze(-1)
+
+
+def peer_loss(logits: Tensor, target: Tensor, temperature: float = 0.2, eps: float = 1e-5) -> Tensor:
+    """0.3 BCE + 0.7 ListCE as GFM-RAG v1 computes them, op by op on logits and dense targets [B, N]."""
+    positive = target > 0.5
+    with torch.no_grad():
+        weight = (logits / temperature).masked_fill(positive, -torch.inf).softmax(1)
+        weight = torch.where(positive, 1 / positive.sum(1, keepdim=True).float(), weight)
+    bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    bce = ((bce * weight).sum(1) / weight.sum(1)).mean()
+    p = logits.sigmoid()
+    log = torch.log(p / (p.sum(1, keepdim=True) + eps) + eps)
+    return 0.3 * bce + 0.7 * (-(log * target).sum(1) / target.sum(1)).mean()

@@ -27,11 +27,15 @@ class EntityModel(nn.Module):
 
     Args:
         settings: Sizes and kinds.
+
+    Attributes:
+        recompute: Whether a layer is run anew in the backward pass, instead of holding what it computed.
     """
 
     def __init__(self, settings: GFMSettings) -> None:
         super().__init__()
         self.settings = settings
+        self.recompute = False
         dims = [settings.input_dim, *settings.hidden_dims]
         self.layers = nn.ModuleList(
             RelationalLayer(settings, before, after) for before, after in zip(dims[:-1], dims[1:], strict=True)
@@ -82,6 +86,7 @@ class EntityModel(nn.Module):
             edge_mask,
             start=done[0] if done else None,
             in_place=not self.settings.concat_hidden and not torch.is_grad_enabled(),
+            recompute=self.recompute,
         )
         states = chain(done, rest)
         return list(states) if self.settings.concat_hidden else deque(states, maxlen=1)[0]

@@ -17,6 +17,7 @@ from ragkit_kernels.relational_conv import (
 )
 from ragkit_kernels.relational_conv.layout import kept_degree
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ragkit.gfm.settings import GFMSettings
 
@@ -66,6 +67,7 @@ def propagate(
     edge_mask: Tensor | None,
     start: Tensor | None = None,
     in_place: bool = False,
+    recompute: bool = False,
 ) -> Iterator[Tensor]:
     """States after each layer, one by one, so that who needs the last alone does not hold the others.
 
@@ -84,12 +86,16 @@ def propagate(
         edge_mask: [E] bool, False for edges that are as if they were not there; or None.
         start: [N, B, D] the states that come in; None: x_0.
         in_place: Without gradient: all layers work in one buffer, so a state holds only until the next is asked for.
+        recompute: With gradient: nothing of a layer is held but the states that come in, and the backward pass runs it
+            anew (gradient checkpointing).
 
     Yields:
         L tensors [N, B, D] (the last [N, B, hidden_dims[-1]]); views, whose last dimension is contiguous.
     """
-    if settings.aggregate_func == "pna":
-        yield from _propagate_pna(layers, settings, layout, tables, mask, query, edge_weights, edge_mask)
+    if settings.aggregate_func == "pna" or (recompute and torch.is_grad_enabled()):
+        yield from _one_by_one(
+            layers, settings, layout, tables, mask, query, edge_weights, edge_mask, start, recompute
+        )
         return
     x = mask.to(query.dtype).unsqueeze(-1) * query if start is None else start  # [N, B, 1] * [B, D] -> [N, B, D]
     D = x.shape[-1]
@@ -109,7 +115,7 @@ def propagate(
         yield z if last else z[..., :D]
 
 
-def _propagate_pna(
+def _one_by_one(
     layers: list[RelationalLayer],
     settings: GFMSettings,
     layout: GraphLayout,
@@ -118,17 +124,33 @@ def _propagate_pna(
     query: Tensor,
     edge_weights: list[Tensor | None],
     edge_mask: Tensor | None,
+    start: Tensor | None,
+    recompute: bool,
 ) -> Iterator[Tensor]:
-    x = mask.to(query.dtype).unsqueeze(-1) * query  # [N, B, D]
-    scalers = pna_scalers(layout, edge_mask).to(query.dtype)
-    for layer, table, edge_weight in zip(layers, tables, edge_weights, strict=True):
-        planes = relational_conv(
-            x, table, layout, boundary=(mask, query), edge_weight=edge_weight, edge_mask=edge_mask,
-            message=settings.message_func, aggregate="pna",
-        )  # [N, B, 4D]  # fmt: skip
-        h = pna_linear(layer.linear, x, planes, scalers)
+    """`propagate` layer by layer, so that each can be run anew: on ops that read what they saved only once."""
+    x = mask.to(query.dtype).unsqueeze(-1) * query if start is None else start  # [N, B, D]
+    pna = settings.aggregate_func == "pna"
+    scalers = pna_scalers(layout, edge_mask).to(query.dtype) if pna else None
+
+    def run(
+        layer: RelationalLayer, x: Tensor, table: Tensor, mask: Tensor, query: Tensor, weight: Tensor | None
+    ) -> Tensor:
+        update = relational_conv(
+            x, table, layout, boundary=(mask, query), edge_weight=weight, edge_mask=edge_mask,
+            message=settings.message_func, aggregate=settings.aggregate_func,
+        )  # [N, B, D], or [N, B, 4D] for pna  # fmt: skip
+        if scalers is None:
+            h = layer.linear(torch.cat([x.to(update.dtype), update], dim=-1))
+        else:
+            h = pna_linear(layer.linear, x, update, scalers)
         residual = x.to(h.dtype) if settings.short_cut and h.shape[-1] == x.shape[-1] else None
-        x = norm_relu_residual(h, residual, *layer.norm(), layer.eps)
+        return norm_relu_residual(h, residual, *layer.norm(), layer.eps)
+
+    for layer, table, weight in zip(layers, tables, edge_weights, strict=True):
+        if recompute and torch.is_grad_enabled():  # no layer draws random numbers, so no state of theirs is kept
+            x = checkpoint(run, layer, x, table, mask, query, weight, use_reentrant=False, preserve_rng_state=False)
+        else:
+            x = run(layer, x, table, mask, query, weight)
         yield x
 
 

@@ -75,6 +75,46 @@ class GraphModel(nn.Module):
                 self._cache.put(made_of, tables)
         return tables
 
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """Holds only the states between the layers for the backward pass, which runs each layer anew.
+
+        Less memory for more time. `transformers.Trainer` calls it where its arguments ask for checkpointing.
+
+        Args:
+            activation_checkpointing_kwargs: None or {"use_reentrant": False}, the kind that there is.
+            every_n_layers: 1: every layer.
+            offload: False: what is held stays on the device.
+
+        Raises:
+            ValueError: Other options.
+        """
+        found = activation_checkpointing_kwargs, every_n_layers, offload
+        if found[0] not in (None, {}, {"use_reentrant": False}) or found[1:] != (1, False):
+            raise ValueError(
+                'checkpointing: expected None or {"use_reentrant": False}, every_n_layers=1 and offload=False, found '
+                f"{found[0]}, {every_n_layers} and {offload}"
+            )
+        self.entity_model.recompute = True
+
+    def activation_checkpointing_disable(self) -> None:
+        """Holds what every layer computed, as at first."""
+        self.entity_model.recompute = False
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """`activation_checkpointing_enable` under the name that transformers had for it before version 5."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """`activation_checkpointing_disable` under its older name."""
+        self.activation_checkpointing_disable()
+
     def _keeps(self) -> bool:
         """Whether what depends on the weights alone is kept for the next call."""
         return not torch.is_grad_enabled() and not self.training
