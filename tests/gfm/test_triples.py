@@ -258,6 +258,15 @@ def test_held_out_facts_are_a_random_choice():
     assert not torch.equal(hold_out(graph, 0.25, 0)[0], hold_out(graph, 0.25, 1)[0])
 
 
+def test_facts_of_rare_entities_are_held_out_as_often():
+    """Rare entities have few facts besides the first, which stays; taking the last in the order evens that out."""
+    rows = [(h, t, 0) for h in range(12) for t in range(12) if h != t]
+    rare = [(h, t, 0) for h in range(12, 15) for t in range(12, 15) if h != t]
+    graph = make_graph(15, 1, rows + rare)
+    found = [int((hold_out(graph, 0.1, seed)[1][:, 0] >= 12).sum()) for seed in range(1000)]
+    assert sum(found) == pytest.approx(1000 * 0.1 * len(rare), rel=0.1)
+
+
 def test_too_few_facts_can_be_spared():
     star = make_graph(5, 1, [(0, t, 0) for t in range(1, 5)])
     with pytest.warns(UserWarning, match="0 of 4 facts are held out instead of 2: .* every entity keeps an edge"):
