@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from ragkit.gfm.checkpoint import as_link_predictor, as_retriever, export_v1, load_gfm, save_gfm
 from ragkit.gfm.evaluate import evaluate_datasets, evaluate_gfm, evaluate_rankers
+from ragkit.gfm.explain import explain
 from ragkit.gfm.link_evaluation import evaluate_links
 from ragkit.gfm.losses import bce_loss, link_prediction_loss, listce_loss, retrieval_loss
 from ragkit.gfm.model import GNNRetriever, QueryGNN
+from ragkit.gfm.path_drawing import draw_paths
+from ragkit.gfm.paths import Explanation, Path, PathStep
 from ragkit.gfm.question_rows import QuestionError, QuestionReport
 from ragkit.gfm.questions import QuestionBatch, QuestionSet
 from ragkit.gfm.rankers import RANKERS, Incidence, entity_weights
@@ -19,9 +22,12 @@ from ragkit.gfm.weights_file import CheckpointError
 __all__ = [
     "RANKERS",
     "CheckpointError",
+    "Explanation",
     "GFMSettings",
     "GNNRetriever",
     "Incidence",
+    "Path",
+    "PathStep",
     "QueryGNN",
     "QuestionBatch",
     "QuestionError",
@@ -33,12 +39,14 @@ __all__ = [
     "as_retriever",
     "bce_loss",
     "corrupt",
+    "draw_paths",
     "embed_relations",
     "entity_weights",
     "evaluate_datasets",
     "evaluate_gfm",
     "evaluate_links",
     "evaluate_rankers",
+    "explain",
     "export_v1",
     "graph_triples",
     "hold_out",
