@@ -19,6 +19,7 @@ _HOME = {
     "Run": "ragkit.runs",
     "RAGSystem": "ragkit.rag.system",
     "DenseRetriever": "ragkit.rag.retriever",
+    "HybridRetriever": "ragkit.rag.hybrid",
     "Generator": "ragkit.rag.generator",
     "MemoryStore": "ragkit.rag.store",
     "QdrantStore": "ragkit.rag.qdrant",
@@ -31,6 +32,7 @@ _HOME = {
     "TrainerManager": "ragkit.tuning.manager",
     "KnowledgeGraph": "ragkit.graph.knowledge_graph",
     "GNNRetriever": "ragkit.gfm.model",
+    "GFMRetriever": "ragkit.gfm.retriever",
     "load_gfm": "ragkit.gfm.checkpoint",
     "evaluate": "ragkit.evaluation",
     "compare": "ragkit.evaluation",
@@ -42,10 +44,12 @@ if TYPE_CHECKING:
     from ragkit.evaluation import compare, evaluate
     from ragkit.gfm.checkpoint import load_gfm
     from ragkit.gfm.model import GNNRetriever
+    from ragkit.gfm.retriever import GFMRetriever
     from ragkit.graph.knowledge_graph import KnowledgeGraph
     from ragkit.prompts import PromptTemplate
     from ragkit.rag.corpus import Passage, load_corpus
     from ragkit.rag.generator import Generator
+    from ragkit.rag.hybrid import HybridRetriever
     from ragkit.rag.qdrant import QdrantStore
     from ragkit.rag.retriever import DenseRetriever
     from ragkit.rag.store import MemoryStore

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from ragkit.gfm.checkpoint import as_link_predictor, as_retriever, export_v1, load_gfm, save_gfm
 from ragkit.gfm.evaluate import evaluate_datasets, evaluate_gfm, evaluate_rankers
 from ragkit.gfm.explain import explain
@@ -19,10 +22,16 @@ from ragkit.gfm.text_encoder import TextEncoder, embed_relations
 from ragkit.gfm.triples import TrueTriples, corrupt, graph_triples, hold_out
 from ragkit.gfm.weights_file import CheckpointError
 
+if TYPE_CHECKING:
+    from ragkit.gfm.entity_search import EntitySearch
+    from ragkit.gfm.retriever import GFMRetriever
+
 __all__ = [
     "RANKERS",
     "CheckpointError",
+    "EntitySearch",
     "Explanation",
+    "GFMRetriever",
     "GFMSettings",
     "GNNRetriever",
     "Incidence",
@@ -58,3 +67,17 @@ __all__ = [
     "retrieval_loss",
     "save_gfm",
 ]
+
+_LATER = {"GFMRetriever": "ragkit.gfm.retriever", "EntitySearch": "ragkit.gfm.entity_search"}  # import transformers
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'ragkit.gfm' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LATER[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

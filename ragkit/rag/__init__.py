@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ragkit.rag.corpus import CorpusError, Passage, RetrievedPassage, load_corpus
 from ragkit.rag.generator import Generator, TokenizerError
+from ragkit.rag.hybrid import HybridRetriever
 from ragkit.rag.qdrant import QdrantStore
 from ragkit.rag.retriever import DenseRetriever, Retriever, TrainableRetriever
 from ragkit.rag.store import KnowledgeStore, MemoryStore, StoreError
@@ -14,6 +15,7 @@ __all__ = [
     "CorpusError",
     "DenseRetriever",
     "Generator",
+    "HybridRetriever",
     "KnowledgeStore",
     "MemoryStore",
     "Passage",

@@ -17,6 +17,7 @@ from ragkit.files import atomic_dir
 from ragkit.prompts import get_template
 from ragkit.rag.corpus import Passage, RetrievedPassage, load_corpus
 from ragkit.rag.generator import Generator
+from ragkit.rag.hybrid import UnknownRetriever, load_retriever, retriever_kind
 from ragkit.rag.loading import resolve_device
 from ragkit.rag.qdrant import QdrantStore
 from ragkit.rag.retriever import DenseRetriever, Retriever
@@ -58,7 +59,8 @@ class RAGSystem:
     """A retriever, a generator and the settings that join them.
 
     Args:
-        retriever: Finds passages: a `DenseRetriever`, or anything with its `retrieve`.
+        retriever: Finds passages: a `DenseRetriever`, `HybridRetriever`, `ragkit.gfm.GFMRetriever`, or anything with
+            their `retrieve`.
         generator: Answers from them.
         config: `top_k`, `prompt` and the other settings; what the parts were made with stays as it is.
 
@@ -103,6 +105,11 @@ class RAGSystem:
         get_template(config.prompt)
         passages = load_corpus(corpus)  # before any model is loaded: it is what fails most often
         live = retriever if retriever is not None and not isinstance(retriever, str) else None
+        if live is not None and not isinstance(live, DenseRetriever):
+            raise TypeError(
+                f"from_documents fills the store of a DenseRetriever; a {type(live).__name__} has its passages "
+                "already: RAGSystem(retriever, generator, config)"
+            )
         dense = live if live is not None else make_retriever(config)
         answering = generator if generator is not None and not isinstance(generator, str) else make_generator(config)
         index_corpus(dense, passages)
@@ -158,19 +165,33 @@ class RAGSystem:
         """Writes the whole system as one folder, atomically: settings, encoders, passages, embeddings and generator.
 
         A model taken by name ("default" or from the hub) whose weights are untouched is kept as its name; all else,
-        and every trained part, is in the folder, which may then be moved to another machine.
+        and every trained part, is in the folder, which may then be moved to another machine. The retriever may be any
+        with `save(folder)`; what `load` needs for kinds that ragkit.rag does not have, its error says.
+
+        Raises:
+            TypeError: The retriever has no `save`.
         """
-        if not isinstance(self.retriever, DenseRetriever):
-            raise TypeError(f"save writes systems with a DenseRetriever, found {type(self.retriever).__name__}")
+        retriever: Any = self.retriever
+        if not hasattr(retriever, "save"):
+            raise TypeError(f"save writes systems whose retriever has save(); {type(retriever).__name__} has none")
+        head: dict[str, Any] = {"format": FORMAT}
+        if not isinstance(retriever, DenseRetriever):
+            head["retriever"] = retriever_kind(retriever)
         with atomic_dir(directory) as folder:
             self.config.save(folder / "config.yaml")
-            self.retriever.save(folder / "retriever")
+            retriever.save(folder / "retriever")
             self.generator.save(folder / "generator")
-            (folder / "system.json").write_text(json.dumps({"format": FORMAT}) + "\n", encoding="utf-8")
+            (folder / "system.json").write_text(json.dumps(head) + "\n", encoding="utf-8")
         return Path(directory)
 
     @classmethod
-    def load(cls, directory: str | Path, device: str | None = None, store: KnowledgeStore | None = None) -> RAGSystem:
+    def load(
+        cls,
+        directory: str | Path,
+        device: str | None = None,
+        store: KnowledgeStore | None = None,
+        retriever: Retriever | None = None,
+    ) -> RAGSystem:
         """Reads what `save` wrote; the answers are the same.
 
         Args:
@@ -178,10 +199,13 @@ class RAGSystem:
             device: In place of the saved setting.
             store: A store that holds the passages already, in place of the one that the settings name. With Qdrant
                 the saved collection is used if it still holds the same passages, and filled from the folder if it is
-                empty.
+                empty. Only for a `DenseRetriever`.
+            retriever: In place of the saved one, for example
+                `GFMRetriever.load(folder / "retriever")`, whose class ragkit.rag does not know.
 
         Raises:
             ValueError: A file is missing or corrupt (`StoreError` and `ConfigError` are such); the message names it.
+                `UnknownRetriever`: a retriever must be given; the message is the code that does it.
         """
         folder = Path(directory)
         if not folder.is_dir():
@@ -190,7 +214,7 @@ class RAGSystem:
             head = json.loads((folder / "system.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ValueError(f"{folder / 'system.json'}: not a saved system, or it was cut off ({error})") from error
-        if head != {"format": FORMAT}:
+        if not isinstance(head, dict) or head.get("format") != FORMAT or not set(head) <= {"format", "retriever"}:
             raise ValueError(f"{folder / 'system.json'}: expected format {FORMAT}, found {head!r}")
         if not (folder / "config.yaml").is_file():
             raise ValueError(f"{folder / 'config.yaml'}: missing; the folder was cut off while it was copied")
@@ -198,9 +222,22 @@ class RAGSystem:
         if device is not None:
             config.device = device
         resolved = resolve_device(config.device)
-        if store is None and config.store == "qdrant":
-            store = _reopen_qdrant(config, folder / "retriever" / "store")
-        retriever = DenseRetriever.load(folder / "retriever", store, resolved, config.trust_remote_code)
+        if retriever is None and "retriever" in head:
+            if store is not None:
+                raise ValueError(
+                    f"store: the saved retriever is a {head['retriever']}, only a DenseRetriever takes one"
+                )
+            try:
+                retriever = load_retriever(
+                    str(head["retriever"]), folder / "retriever", resolved, config.trust_remote_code
+                )
+            except UnknownRetriever as error:
+                call = f"RAGSystem.load({str(directory)!r}, retriever={error.call})"
+                raise UnknownRetriever(folder, call, ["from ragkit import RAGSystem", *error.imports]) from None
+        elif retriever is None:
+            if store is None and config.store == "qdrant":
+                store = _reopen_qdrant(config, folder / "retriever" / "store")
+            retriever = DenseRetriever.load(folder / "retriever", store, resolved, config.trust_remote_code)
         generator = Generator.load(folder / "generator", resolved, config.trust_remote_code)
         return cls(retriever, generator, config)
 
