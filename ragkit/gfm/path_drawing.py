@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 FONT, FONTS = "DejaVu Sans", "'DejaVu Sans', Verdana, sans-serif"  # matplotlib's own, and what a browser may take
 NODE_SIZE, LABEL_SIZE, TITLE_SIZE = 9.0, 7.5, 10.0  # points
 LINE = 1.25  # of the font size
-PORT = 0.085  # inches between two edges at a node
+PORT = 0.11  # inches between two edges at a node
 STUB = 0.18  # level run at a node, so that arrowheads lie level
 MARGIN = 0.22
 TITLE_CHARS = 90

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +12,7 @@ from ragkit.gfm.path_drawing import draw_paths
 from ragkit.tables import html_table
 
 MOST_ENDS = 8  # names of one side that the text says
+MOST_PADDING = 100  # longer paths push their own weight out only
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Path:
         )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Explanation:
     """Why a model gave one entity or document its score.
 
@@ -101,7 +102,7 @@ class Explanation:
     target_entities: dict[int, str]
     paths: tuple[Path, ...]
     note: str = ""
-    edge_gradient: Tensor | None = field(default=None, repr=False)
+    edge_gradient: Tensor | None = None
 
     @property
     def title(self) -> str:
@@ -136,9 +137,11 @@ class Explanation:
 
     def __str__(self) -> str:
         texts = [str(path) for path in self.paths]
-        width = max(map(len, texts), default=0)
+        width = min(MOST_PADDING, max(map(len, texts), default=0))
         rows = [f"{text.ljust(width)}   {path.weight:.3g}" for text, path in zip(texts, self.paths, strict=True)]
         return "\n".join([*self._lines(), *rows, *([self.note] if self.note else [])])
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         lines = "".join(f"<div>{html.escape(line)}</div>" for line in self._lines())
