@@ -1,4 +1,4 @@
-"""The commands of `python -m ragkit`: quickstart, lsr, ralt, evaluate and query.
+"""The commands of `python -m ragkit`: quickstart, lsr, ralt, evaluate, query, and those of `ragkit.gfm_commands`.
 
 A command is a function of its settings; `main` reads the command line and turns what went wrong into one line.
 """
@@ -17,20 +17,23 @@ from typing import TYPE_CHECKING, Any
 from ragkit import __version__, processes
 from ragkit.config import (
     Config,
-    ConfigError,
     EvaluateConfig,
+    GFMEvaluateConfig,
+    GFMFinetuneConfig,
+    GFMPretrainConfig,
     LSRConfig,
     QueryConfig,
     QuickstartConfig,
     RALTConfig,
-    TrainConfig,
     help_text,
     load_config,
 )
 from ragkit.console import Out, explain, silence_libraries, step_lines, stop_on_interrupt
 from ragkit.files import atomic_write_json
+from ragkit.gfm_commands import evaluate_gfm_command, finetune_command, pretrain_command, set_threads
 from ragkit.inputs import CommandError, load_questions, open_retrieval, open_system
-from ragkit.runs import Run, RunError
+from ragkit.resuming import settings_of_run
+from ragkit.runs import Run
 
 if TYPE_CHECKING:
     from ragkit.evaluation import EvaluationResult
@@ -38,7 +41,6 @@ if TYPE_CHECKING:
     from ragkit.tuning.qa_data import QAData
 
 DONE, FAULT, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
-GROUPS = {"data", "rag", "train"}  # of the settings of both trainings
 
 
 # ---- lsr and ralt ----
@@ -51,7 +53,7 @@ def tune(config: LSRConfig | RALTConfig, out: Out) -> int:
 
     resumed = Run.open(config.resume) if config.resume is not None else None
     if resumed is not None:
-        config = settings_of_run(resumed, config)
+        config = settings_of_run(resumed, config, command_of(config))
     command = command_of(config)
     processes.join(config.rag.device)
     set_threads(config.train)
@@ -96,56 +98,9 @@ def tune(config: LSRConfig | RALTConfig, out: Out) -> int:
     return DONE
 
 
-def set_threads(train: TrainConfig) -> None:
-    """Sets PyTorch's threads to `train.num_threads`; where that is null the fastest number is measured and kept there.
-
-    The number goes into the run's config.yaml, because a resumed run repeats the numbers of an unbroken one bit for
-    bit only with as many threads.
-    """
-    import torch
-
-    from ragkit.threads import pick_threads
-
-    if train.num_threads is None:
-        train.num_threads = pick_threads()
-    torch.set_num_threads(train.num_threads)
-
-
 def command_of(config: Config) -> str:
     """The command whose settings these are."""
     return next(name for name, (kind, _) in COMMANDS.items() if type(config) is kind)
-
-
-def settings_of_run(run: Run, given: LSRConfig | RALTConfig) -> Any:
-    """The settings that a resumed run was started with.
-
-    Raises:
-        RunError: The run is one of another command.
-        CommandError: `given` asks for something else; a resumed run must go on as it began.
-    """
-    try:
-        config = load_config(type(given), run.config_path)
-    except ConfigError as error:
-        raise RunError(f"{run.dir} is not a run of the command {command_of(given)}: {error}") from error
-    mine, theirs = flat(given.explicit()), flat(config.model_dump())
-    # A group that was not given counts its own defaults as explicit.
-    default = flat({name: getattr(type(given)(), name).explicit() for name in GROUPS - given.model_fields_set})
-    asked = [key for key in mine if key != "resume" and (key not in default or mine[key] != default[key])]
-    other = [key for key in asked if mine[key] != theirs.get(key)]
-    if other:
-        raise CommandError(
-            f"resume: {run.dir} was started with other values of {', '.join(other)} "
-            f"({other[0]}={theirs.get(other[0])}, now {mine[other[0]]}); leave them out, or start a new run"
-        )
-    return config
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted key."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        found.update(flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value})
-    return found
 
 
 def parameter_counts(system: RAGSystem, config: LSRConfig | RALTConfig) -> tuple[int, int]:
@@ -242,6 +197,9 @@ COMMANDS: dict[str, tuple[type[Config], Callable[[Any, Out], int]]] = {
     "ralt": (RALTConfig, tune),
     "evaluate": (EvaluateConfig, evaluate_command),
     "query": (QueryConfig, query_command),
+    "gfm-pretrain": (GFMPretrainConfig, pretrain_command),
+    "gfm-finetune": (GFMFinetuneConfig, finetune_command),
+    "gfm-evaluate": (GFMEvaluateConfig, evaluate_gfm_command),
 }
 
 
@@ -314,7 +272,7 @@ def overview() -> str:
     """The text of `python -m ragkit --help`."""
     lines = ["python -m ragkit COMMAND [config.yaml] [key=value ...]", "", "Commands:"]
     for name, (kind, _) in COMMANDS.items():
-        lines.append(f"  {name:<11} {(kind.__doc__ or '').splitlines()[0]}")
+        lines.append(f"  {name:<12} {(kind.__doc__ or '').splitlines()[0]}")
     lines += [
         "",
         "python -m ragkit COMMAND --help  lists every setting of a command",

@@ -63,6 +63,9 @@ class _StepHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno > logging.INFO:
             self.out(f"  note: {record.getMessage()}")
+        if str(record.msg).startswith("estimate: "):
+            self.out(f"  {record.getMessage()}")
+            return
         if not isinstance(record.args, tuple) or len(record.args) != 3 or not record.msg.startswith("step "):
             return
         step, total, shown = int(str(record.args[0])), int(str(record.args[1])), record.args[2]

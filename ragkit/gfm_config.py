@@ -1,4 +1,4 @@
-"""The settings of the GFM's runs, under the names that GFM-RAG v1 gives them, so that its overrides work as they stand.
+"""The settings of the GFM's runs under the names that GFM-RAG v1 gives them, so that its overrides work as they stand.
 
 `ragkit.config` gives these classes out beside all others. What v1 has and we do not is said by `ragkit.compat.gfmrag`.
 """
@@ -59,9 +59,7 @@ class TextEmbModel(Config):
     query_instruct: str = setting("", "Text put before every question.")
     passage_instruct: str = setting("", "Text put before every relation.")
     batch_size: int = setting(64, "Texts encoded at once.", unit="texts", ge=1)
-    max_tokens: int | None = setting(
-        None, "Longer texts are cut; null: the encoder's own limit.", unit="tokens", ge=1
-    )
+    max_tokens: int | None = setting(None, "Longer texts are cut; null: the encoder's own limit.", unit="tokens", ge=1)
 
 
 class EntityModelConfig(Config):
@@ -137,9 +135,7 @@ class GFMTrainConfig(Config):
     )
     log_interval: int = setting(1, "An event is written every so many steps.", unit="steps", ge=1)
     do_eval: bool = setting(True, "Scores the validation questions after every epoch, or every eval_steps.")
-    eval_steps: int | None = setting(
-        None, "Steps between two evaluations; null: once an epoch.", unit="steps", ge=1
-    )
+    eval_steps: int | None = setting(None, "Steps between two evaluations; null: once an epoch.", unit="steps", ge=1)
     eval_batch_size: int | None = setting(
         None, "Questions or triples scored at once; null: batch_size.", unit="examples", ge=1
     )
@@ -211,7 +207,7 @@ class GFMPretrainTask(Config):
     ks: list[Positive] = setting([1, 3, 10], "Cut-offs k of hits@k.", unit="places", min_length=1)
 
 
-class _GFMRun(Config):
+class GFMRunConfig(Config):
     """What both trainings share."""
 
     seed: int = setting(
@@ -229,23 +225,21 @@ class _GFMRun(Config):
     output_dir: str = setting("runs", "Folder that holds the run folders.", min_length=1)
     name: str | None = setting(None, "Name of the run folder; null: command and time.")
     resume: str | None = setting(None, "Run folder to go on with; its settings are taken from its config.yaml.")
+    train: GFMTrainConfig = group(GFMTrainConfig(), "batches, epochs, checkpoints")
 
 
-class GFMFinetuneConfig(_GFMRun):
+class GFMFinetuneConfig(GFMRunConfig):
     """Fine-tunes a graph foundation model on questions and their supporting documents."""
 
     task: GFMFinetuneTask = group(GFMFinetuneTask(), "losses and metrics")
     doc_ranker: RankerConfig = group(RankerConfig(), "the ranker of documents in evaluations")
-    train: GFMTrainConfig = group(GFMTrainConfig(), "batches, epochs, checkpoints")
 
 
-class GFMPretrainConfig(_GFMRun):
+class GFMPretrainConfig(GFMRunConfig):
     """Pre-trains a graph foundation model by link prediction on knowledge graphs."""
 
     task: GFMPretrainTask = group(GFMPretrainTask(), "negatives and metrics")
-    train: GFMTrainConfig = group(
-        GFMTrainConfig(num_epoch=10, watched_metric="mrr"), "batches, epochs, checkpoints"
-    )
+    train: GFMTrainConfig = group(GFMTrainConfig(num_epoch=10, watched_metric="mrr"), "batches, epochs, checkpoints")
 
 
 class GFMEvaluateConfig(Config):

@@ -14,9 +14,14 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def rank() -> int:
+    """The number of this process among all of them, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def is_first() -> bool:
     """Whether this process speaks and writes for all of them."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return rank() == 0
 
 
 def join(device: str) -> None:

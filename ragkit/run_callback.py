@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -16,6 +17,7 @@ from ragkit.runs import Run, mark_complete
 logger = logging.getLogger("ragkit")
 
 ZERO_GRADIENT_STEPS = 3
+ESTIMATE_STEPS = 4  # the first of them also compiles and allocates, so it is not counted
 _NOT_EVENTS = ("epoch", "total_flos", "_runtime", "_per_second")  # the Trainer's speeds; `elapsed` says it once
 
 
@@ -42,6 +44,7 @@ class RunCallback(TrainerCallback):
         self._first_step = 0
         self._zero_gradients = 0
         self._warned = False
+        self._second_step = 0.0
         self.stopped = False
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -55,12 +58,14 @@ class RunCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         """Ends the training with a checkpoint where asked; logs wherever a checkpoint is saved."""
+        self._estimate(state)
         if self._stop_is_requested(args):
             control.should_save = True
             control.should_training_stop = True
             self.stopped = state.global_step < state.max_steps
         if state.global_step >= state.max_steps:
             control.should_save = True
+            control.should_evaluate = str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no"
         if control.should_save:
             # The mean loss since the last event lives in memory only: without an event here, the curve of a resumed
             # run would differ where logging_steps is above 1.
@@ -95,6 +100,23 @@ class RunCallback(TrainerCallback):
         if control.should_training_stop:
             self.run.clear_stop()
 
+    def _estimate(self, state) -> None:
+        """Says after a few steps how long the run will take, and how much memory it has taken so far."""
+        done = state.global_step - self._first_step
+        if done == 1:
+            self._second_step = time.monotonic()
+        if done != ESTIMATE_STEPS or not state.is_world_process_zero or state.global_step >= state.max_steps:
+            return
+        seconds = (time.monotonic() - self._second_step) / (done - 1)
+        left = seconds * (state.max_steps - state.global_step)
+        logger.info(
+            "estimate: %.3g s a step, about %s for the %d steps left (without evaluations), peak memory so far %s",
+            seconds,
+            _duration(left),
+            state.max_steps - state.global_step,
+            _peak_memory(),
+        )
+
     def _watch_gradient(self, norm: float, step: int) -> None:
         self._zero_gradients = self._zero_gradients + 1 if norm == 0.0 else 0
         if self._zero_gradients >= ZERO_GRADIENT_STEPS and not self._warned:
@@ -115,3 +137,23 @@ class RunCallback(TrainerCallback):
             torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
             requested = bool(flag.item() > 0)
         return requested
+
+
+def _duration(seconds: float) -> str:
+    """Seconds in words, to two places."""
+    for size, name in ((3600.0, "h"), (60.0, "min")):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.2g} {name}" if seconds < 10 * size else f"{seconds / size:.0f} {name}"
+    return f"{seconds:.0f} s"
+
+
+def _peak_memory() -> str:
+    """The most memory of this process so far: of the GPU if it has one, else of the machine."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of {torch.cuda.get_device_name()}"
+    try:
+        import resource
+    except ImportError:  # Windows
+        return "unknown"
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.1f} GiB"

@@ -20,6 +20,7 @@ from ragkit.config import DataConfig, EvaluateConfig, LSRConfig, QueryConfig, RA
 from ragkit.inputs import CommandError, load_questions, open_retrieval, open_system
 from ragkit.rag.corpus import Passage
 from ragkit.rag.store import StoreError
+from ragkit.resuming import settings_of_run
 from ragkit.runs import Run, checkpoint_step
 from ragkit.settings import walk
 
@@ -158,13 +159,13 @@ def test_a_resumed_run_must_go_on_as_it_began(own, run_here):
     run = Run.create(LSRConfig(gamma=0.2), "runs", "mine")
     status, _, err = run_here("lsr", f"resume={run.dir}", "gamma=0.3")
     assert status == BAD_INPUT and "other values of gamma (gamma=0.2, now 0.3)" in err
-    assert commands.settings_of_run(run, LSRConfig(resume=str(run.dir), gamma=0.2)).gamma == 0.2
+    assert settings_of_run(run, LSRConfig(resume=str(run.dir), gamma=0.2), "lsr").gamma == 0.2
     # A default that was asked for counts, one that was not does not.
     run = Run.create(load_config(LSRConfig, None, ["gamma=0.2", "train.learning_rate=0.001"]), "runs", "more")
     status, _, err = run_here("lsr", f"resume={run.dir}", "gamma=0.05", "train.learning_rate=2e-5")
     assert status == BAD_INPUT and "other values of train.learning_rate, gamma (" in err
     for given in (LSRConfig(resume=str(run.dir)), load_config(LSRConfig, None, ["train.batch_size=16"])):
-        assert commands.settings_of_run(run, given).train.learning_rate == 1e-3
+        assert settings_of_run(run, given, "lsr").train.learning_rate == 1e-3
     other = Run.create(RALTConfig(), "runs", "ralt")
     status, _, err = run_here("lsr", f"resume={other.dir}")
     assert status == BAD_INPUT and "not a run of the command lsr" in err

@@ -59,7 +59,15 @@ ROOMS = [
     ["ragkit.prompts", "ragkit.metrics", "ragkit.evaluation", "ragkit.plots"],
     ["ragkit.rag", "ragkit.graph"],
     ["ragkit.tuning", "ragkit.gfm"],
-    ["ragkit.console", "ragkit.inputs", "ragkit.commands", "ragkit.quickstart", "ragkit.__main__"],
+    [
+        "ragkit.console",
+        "ragkit.inputs",
+        "ragkit.resuming",
+        "ragkit.gfm_commands",
+        "ragkit.commands",
+        "ragkit.quickstart",
+        "ragkit.__main__",
+    ],
 ]
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ragkit.gfm.tensor_cache import cached, key_of
+from ragkit.gfm_config import TextEmbModel
 from ragkit.graph import KnowledgeGraph
 
 PROBES = ["a", "Which river flows through the capital of France?", "inverse_capital of " * 400]
@@ -23,6 +24,43 @@ class TextEncoder(Protocol):
     def encode(self, texts: Sequence[str], side: Literal["query", "passage"]) -> Tensor:
         """Embeddings [len(texts), F]."""
         ...
+
+
+class InstructedEncoder:
+    """An encoder with its own text before every question and relation, and what a checkpoint says of it.
+
+    Attributes:
+        encoder: An `Encoder`.
+        instructs: (before a question, before a relation).
+        facts: Its settings under GFM-RAG v1's names.
+    """
+
+    def __init__(self, encoder: Any, query: str = "", passage: str = "", batch_size: int = 64) -> None:
+        self.encoder, self.instructs, self.batch_size = encoder, (query, passage), batch_size
+        name = getattr(encoder, "source", None) or getattr(encoder, "name", type(encoder).__name__)
+        self.facts: dict[str, Any] = {"text_emb_model_name": str(name), "normalize": True}
+        self.facts.update(query_instruct=query, passage_instruct=passage)
+
+    @property
+    def model(self) -> Any:
+        """The sentence-transformers model."""
+        return self.encoder.model
+
+    def encode(self, texts: Sequence[str], side: Literal["query", "passage"]) -> Tensor:
+        """Embeddings [len(texts), F]."""
+        return self.encoder.encode(texts, side, self.instructs[side == "passage"], self.batch_size)
+
+
+def open_encoder(config: TextEmbModel, device: str = "auto") -> InstructedEncoder:
+    """The text encoder that the settings name.
+
+    Raises:
+        ValueError: It cannot be loaded.
+    """
+    from ragkit.rag.encoder import Encoder  # imports transformers
+
+    encoder = Encoder(config.text_emb_model_name, device, config.max_tokens)
+    return InstructedEncoder(encoder, config.query_instruct, config.passage_instruct, config.batch_size)
 
 
 def encoder_identity(encoder: TextEncoder) -> str:
@@ -38,6 +76,8 @@ def encoder_identity(encoder: TextEncoder) -> str:
 
         names = ("max_seq_length", "truncate_dim", "default_prompt_name", "prompts")
         facts: list[Any] = [str(getattr(module, name, None)) for name in names]
+        instructs = getattr(encoder, "instructs", ("", ""))
+        facts += list(instructs) if any(instructs) else []
         state.update(json.dumps([*sorted(digests(module).elements()), *facts]).encode())
     else:
         for side in ("query", "passage"):

@@ -1,0 +1,220 @@
+"""The data sets of a GFM run: which folders they are, their graphs and questions, and what is held out of them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ragkit.gfm.questions import QuestionSet
+from ragkit.gfm.text_encoder import embed_relations
+from ragkit.gfm_config import GFMDatasets
+from ragkit.graph import KnowledgeGraph
+
+SMALL_WORLD = "small_world"
+
+
+class DatasetError(ValueError):
+    """A data set that is not there, or that has nothing to train on."""
+
+
+@dataclass(frozen=True, eq=False)
+class GraphQuestions:
+    """Questions over one graph.
+
+    Attributes:
+        name: The data set's name.
+        graph: With `rel_emb` set.
+        questions: The questions.
+    """
+
+    name: str
+    graph: KnowledgeGraph
+    questions: QuestionSet
+
+
+@dataclass(frozen=True, eq=False)
+class FinetuneData:
+    """What fine-tuning works on, by the names of the data sets.
+
+    Attributes:
+        train: Questions that are learnt from.
+        valid: Questions that choose the best model; empty: none.
+        test: Questions that are scored before and after; empty: none.
+    """
+
+    train: dict[str, GraphQuestions]
+    valid: dict[str, GraphQuestions]
+    test: dict[str, GraphQuestions]
+
+
+def find_dataset(name: str, root: str | Path) -> str:
+    """The folder that a name stands for: itself, or `root`/name; "small_world" is the shipped one.
+
+    Raises:
+        DatasetError: There is none; the message names the nearest.
+    """
+    if name == SMALL_WORLD:
+        return name
+    for path in (Path(name).expanduser(), Path(root).expanduser() / name):
+        if path.is_dir():
+            return str(path)
+    folder = Path(root).expanduser()
+    there = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+    near = difflib.get_close_matches(name, there, n=1)
+    hint = f'; did you mean "{near[0]}"?' if near else (f"; there are {', '.join(there[:8])}" if there else "")
+    where = f"{folder} holds no such folder" if folder.is_dir() else f"datasets.root={folder} is no folder"
+    raise DatasetError(f'there is no data set "{name}": {where}{hint}')
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """The last part of each data set's path, or the whole path where two end alike.
+
+    Raises:
+        DatasetError: One stands there twice.
+    """
+    twice = [name for name in names if list(names).count(name) > 1]
+    if twice:
+        raise DatasetError(f'the data set "{twice[0]}" is named twice')
+    last = [Path(name).name or name for name in names]
+    return [short if last.count(short) == 1 else name for short, name in zip(last, names, strict=True)]
+
+
+def load_graphs(names: Sequence[str], datasets: GFMDatasets, encoder: Any) -> dict[str, KnowledgeGraph]:
+    """The graphs of data sets, by short name, with their relation embeddings.
+
+    Args:
+        names: Names or folders.
+        datasets: Root and cache.
+        encoder: A `TextEncoder`.
+    """
+    graphs = {}
+    for short, name in zip(short_names(names), names, strict=True):
+        graph = KnowledgeGraph.load(
+            find_dataset(name, datasets.root), v1_names=datasets.v1_names, cache=datasets.cache
+        )
+        embed_relations(graph, encoder, cache=datasets.cache)
+        graphs[short] = graph
+    return graphs
+
+
+def load_finetune_data(datasets: GFMDatasets, encoder: Any, seed: int, tests: bool = True) -> FinetuneData:
+    """Reads graphs and questions of a fine-tuning.
+
+    Args:
+        datasets: The settings.
+        encoder: A `TextEncoder`.
+        seed: Seed of what is held out where `valid_names` is empty.
+        tests: Whether the test questions are read too.
+
+    Raises:
+        DatasetError: A data set is not there, or nothing is left of it to train on.
+        QuestionError: It has no file of the split, or no usable question in it; the message says why.
+        GraphError: It has no graph.
+    """
+    graphs: dict[str, KnowledgeGraph] = {}  # by folder: one object, however often it is named
+
+    def questions(names: Sequence[str], split: str, most: int | None, whole: bool) -> dict[str, GraphQuestions]:
+        found = {}
+        for short, name in zip(short_names(names), names, strict=True):
+            folder = find_dataset(name, datasets.root)
+            if folder not in graphs:
+                graphs[folder] = next(iter(load_graphs([name], datasets, encoder).values()))
+            graph = graphs[folder]
+            loaded = QuestionSet.load(folder, graph, encoder, split, v1_names=datasets.v1_names, cache=datasets.cache)
+            places = [i for i in range(len(loaded)) if not (whole and loaded.is_part[i])]
+            if not places:
+                raise DatasetError(f"{name}: all {len(loaded)} questions of {split} are marked sub_question")
+            found[short] = GraphQuestions(short, graph, loaded.subset(places[:most]))
+        return found
+
+    train = questions(datasets.train_names, datasets.train_split, datasets.max_train, whole=False)
+    valid: dict[str, GraphQuestions] = {}
+    if datasets.valid_names:
+        valid = questions(datasets.valid_names, datasets.valid_split, None, whole=True)
+    elif datasets.valid_share:
+        for name, part in list(train.items()):
+            kept, held_out = hold_out_questions(part.questions, datasets.valid_share, seed)
+            if not kept:
+                raise DatasetError(
+                    f"{name}: datasets.valid_share={datasets.valid_share:g} of {len(part.questions)} questions leaves "
+                    "none to train on (questions that share a supporting document stay together); set it to 0, or "
+                    "name a data set in datasets.valid_names"
+                )
+            train[name] = GraphQuestions(name, part.graph, part.questions.subset(kept))
+            if held_out:
+                valid[name] = GraphQuestions(name, part.graph, part.questions.subset(held_out))
+    test: dict[str, GraphQuestions] = {}
+    if tests:
+        names = datasets.test_names
+        if names is None:
+            names = [name for name in datasets.train_names if has_split(name, datasets)]
+        test = questions(names, datasets.test_split, datasets.max_test, whole=True)
+    return FinetuneData(train, valid, test)
+
+
+def has_split(name: str, datasets: GFMDatasets) -> bool:
+    """Whether a data set has a file of test questions."""
+    if name == SMALL_WORLD:
+        return True
+    folder = Path(find_dataset(name, datasets.root))
+    return any(
+        (folder / part / f"{datasets.test_split}.json").is_file() for part in ("processed/stage1", "stage1", ".")
+    )
+
+
+def hold_out_questions(questions: QuestionSet, share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Parts a set in two, so that no supporting document stands on both sides.
+
+    Questions that share a supporting document form a group; groups go to the held-out side in a seeded random order
+    until it has `share` of the whole questions (those that are not parts of others). Parts of held-out questions are
+    on neither side of the score: they are left out of training, and not scored.
+
+    Args:
+        questions: The set.
+        share: Share of the whole questions that is held out; at least one of them where there are two groups.
+        seed: Seed of the order.
+
+    Returns:
+        (places to train on, places held out), both ascending.
+    """
+    groups = _groups(questions)
+    whole = [i for i in range(len(questions)) if not questions.is_part[i]]
+    wanted = round(share * len(whole))
+    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()
+    out: set[int] = set()
+    held: list[int] = []
+    for number in order:
+        mine = [i for i in groups[number] if not questions.is_part[i]]
+        if len(held) >= max(1, wanted) or len(out) + len(groups[number]) >= len(questions):
+            break
+        if mine and len(held) + len(mine) <= max(1, wanted) * 1.5:  # a giant group stays in training
+            out.update(groups[number])
+            held += mine
+    return [i for i in range(len(questions)) if i not in out], sorted(held)
+
+
+def _groups(questions: QuestionSet) -> list[list[int]]:
+    """Places of the questions that are connected through shared supporting documents, group by group."""
+    parent: dict[int, int] = {}
+
+    def root(document: int) -> int:
+        while parent.setdefault(document, document) != document:
+            parent[document] = parent[parent[document]]
+            document = parent[document]
+        return document
+
+    documents: list[Tensor] = [questions.supporting_documents[i] for i in range(len(questions))]
+    for ids in documents:
+        first = root(int(ids[0]))
+        for document in ids[1:].tolist():
+            parent[root(document)] = first
+    groups: dict[int, list[int]] = {}
+    for place, ids in enumerate(documents):
+        groups.setdefault(root(int(ids[0])), []).append(place)
+    return list(groups.values())

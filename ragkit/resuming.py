@@ -1,0 +1,49 @@
+"""The settings of a run that is gone on with: those it was started with, and no others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ragkit.inputs import CommandError
+from ragkit.runs import Run, RunError
+from ragkit.settings import Config, ConfigError, load_config
+
+
+def settings_of_run(run: Run, given: Config, command: str) -> Any:
+    """The settings that a resumed run was started with.
+
+    Args:
+        run: The run.
+        given: What was asked for now; may repeat the run's settings, but not change them.
+        command: The command's name, for messages.
+
+    Raises:
+        RunError: The run is one of another command.
+        CommandError: `given` asks for something else; a resumed run must go on as it began.
+    """
+    try:
+        config = load_config(type(given), run.config_path)
+    except ConfigError as error:
+        raise RunError(f"{run.dir} is not a run of the command {command}: {error}") from error
+    mine, theirs = flat(given.explicit()), flat(config.model_dump())
+    # A group that was not given counts its own defaults as explicit.
+    groups = {name for name in type(given).model_fields if isinstance(getattr(given, name), Config)}
+    default = flat({name: getattr(type(given)(), name).explicit() for name in groups - given.model_fields_set})
+    asked = [key for key in mine if key != "resume" and (key not in default or mine[key] != default[key])]
+    other = [key for key in asked if mine[key] != theirs.get(key)]
+    if other:
+        raise CommandError(
+            f"resume: {run.dir} was started with other values of {', '.join(other)} "
+            f"({other[0]}={theirs.get(other[0])}, now {mine[other[0]]}); leave them out, or start a new run"
+        )
+    return config
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted key."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, list):
+            value = [item.model_dump() if isinstance(item, Config) else item for item in value]
+        found.update(flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value})
+    return found
