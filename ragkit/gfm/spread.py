@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from ragkit_kernels.relational_conv import GraphLayout, norm_relu_residual, relational_conv
+from ragkit_kernels.relational_conv import GraphLayout, backends, norm_relu_residual, relational_conv
+from ragkit_kernels.relational_conv.epilogue import norm_backward
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ragkit.gfm.active import ActiveRows, active_rows
 from ragkit.gfm.layers import RelationalLayer
 from ragkit.gfm.settings import GFMSettings
 
 BLOCK_NUMBERS = 1 << 19
-"""Numbers of a block of rows that go through a layer together, without gradient on a CPU: 2 MiB of float32."""
+"""Numbers of a block of rows that go through a layer together on a CPU: 2 MiB of float32."""
 
 MOST_OF_FIRST = 0.3
 """The first layer is computed row by row when it changes less than this share of the rows."""
@@ -57,39 +60,35 @@ def changed_states(
     background's matrix product: h = h_background + W_x change + W_u (messages of the change). A row that has just been
     reached has no change of its own yet, so W_x is not applied to it.
     """
-    seeds, D = rows.counts[0], settings.input_dim
+    seeds = rows.counts[0]
     weight = mask[rows.node[:seeds], rows.query[:seeds]].to(query.dtype)
     start = weight.unsqueeze(1) * F.embedding(rows.query[:seeds], query)  # [S, D] the boundary, elsewhere 0
-    learned = [start, *tables, *background.products, *(p for layer in layers for p in layer.parameters())]
-    backward = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in learned)
     share = None
     if settings.aggregate_func == "mean":
         share = 1 / (layout.by_dst.ptr.diff().to(start.dtype) + 1).unsqueeze(1)[rows.node]  # [M, 1]
-    blocks = not backward and start.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-    step = max(1, BLOCK_NUMBERS // D) if blocks else len(rows.node)
-    x, change, spread = start, start, None
-    if blocks:  # one buffer for all layers: fresh memory costs as much as the work
-        x, change, spread = (start.new_empty(len(rows.node), D) for _ in range(3))
-        x[:seeds], change[:seeds] = start, start
+    learned = [start, *tables, *background.products, *(p for layer in layers for p in layer.parameters())]
+    backward = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in learned)
+    wide = start.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
+    if wide and start.device.type == "cpu" and backends.use_kernel("auto", start.device):
+        place = backends.module(start.device).places(rows.node, rows.query, *mask.shape)
+        walk = _Walk(list(layers), settings, rows, background.shared, layout, place, share)
+        if not backward:
+            return walk.forward(start, background, tables, None)
+        inputs: list[Tensor | None] = [*tables, *background.states[: len(layers)], *background.products]
+        inputs += [part for layer in layers for part in (layer.linear.weight, *layer.norm())]
+        return _Spread.apply(walk, start, background.hidden, *inputs)
+    x, change = start, start
     for number, (layer, table) in enumerate(zip(layers, tables, strict=True), start=1):
-        before, count = rows.counts[number - 1], rows.counts[number]
+        count = rows.counts[number]
         if settings.message_func == "transe":
             table = torch.zeros_like(table)  # (x + r) − (background + r): the relation cancels
         heard = relational_conv(
-            change[:before].unsqueeze(1), table, rows.layout(number, backward), message=settings.message_func,
-            out=None if spread is None else spread[:count].unsqueeze(1),
-        ).squeeze(1)  # [count, D]  # fmt: skip
+            change.unsqueeze(1), table, rows.layout(number, backward), message=settings.message_func
+        ).squeeze(1)  # [count, D]
         heard[:seeds] += start
         if share is not None:
             heard = heard * share[:count]
-        if not blocks:
-            x, change = _layer(layer, settings, background, number, rows.node[:count], x, change, heard)
-            continue
-        for first in range(0, count, step):
-            part, known = slice(first, min(first + step, count)), slice(first, min(first + step, max(before, first)))
-            x[part], change[part] = _layer(
-                layer, settings, background, number, rows.node[part], x[known], change[known], heard[part]
-            )
+        x, change, _ = _layer(layer, settings, background, number, rows.node[:count], x, change, heard)
     return x
 
 
@@ -102,8 +101,8 @@ def _layer(
     x: Tensor,
     change: Tensor,
     heard: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """States of some rows after layer `number`, and how they differ from the background.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """States of some rows after layer `number`, how they differ from the background, and the matrix product.
 
     Args:
         node: [n] their nodes.
@@ -123,7 +122,133 @@ def _layer(
         new = background.take(background.states[number - 1], node[known:])
         residual = torch.cat([x.to(h.dtype), new.to(h.dtype)]).unsqueeze(1)
     x = norm_relu_residual(h.unsqueeze(1), residual, norm, bias, layer.eps).squeeze(1)
-    return x, x if number == len(background.products) else x - background.take(background.states[number], node)
+    return x, x if number == len(background.products) else x - background.take(background.states[number], node), h
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """What `_Spread` needs beside tensors with gradient; see `changed_states`."""
+
+    layers: list[RelationalLayer]
+    settings: GFMSettings
+    rows: ActiveRows
+    shared: bool
+    layout: GraphLayout
+    place: Tensor
+    share: Tensor | None
+
+    def forward(
+        self, start: Tensor, background: Background, tables: Sequence[Tensor], kept: list[Tensor] | None
+    ) -> Tensor:
+        """The states, block by block of rows; `kept` gets what the backward pass reads of each layer."""
+        rows, backend = self.rows, backends.module(start.device)
+        seeds, D = start.shape
+        x = start.new_empty(len(rows.node), D)  # one buffer for all layers: fresh memory costs as much as the work
+        x[:seeds] = start
+        change, spread = start, None
+        if kept is None:
+            change, spread = torch.empty_like(x), torch.empty_like(x)
+            change[:seeds] = start
+        step = max(1, BLOCK_NUMBERS // D)
+        for number, (layer, table) in enumerate(zip(self.layers, tables, strict=True), start=1):
+            before, count = rows.counts[number - 1], rows.counts[number]
+            heard = start.new_empty(count, D) if spread is None else spread[:count]
+            backend.sum_rows(
+                self.layout.by_dst, rows.node, rows.query, self.place, before, change, self._factor(table), heard
+            )
+            heard[:seeds] += start
+            if self.share is not None:
+                heard *= self.share[:count]
+            last = number == len(self.layers)
+            after = change if kept is None or last else start.new_empty(count, D)
+            product = None if kept is None else start.new_empty(count, D)
+            for first in range(0, count, step):
+                part, known = (
+                    slice(first, min(first + step, count)),
+                    slice(first, min(first + step, max(before, first))),
+                )
+                x[part], difference, h = _layer(
+                    layer, self.settings, background, number, rows.node[part], x[known], change[known], heard[part]
+                )
+                if not last:
+                    after[part] = difference
+                if product is not None:
+                    product[part] = h
+            if kept is not None and product is not None:
+                kept += [change, heard, product]
+            change = after
+        return x
+
+    def _factor(self, table: Tensor) -> Tensor | None:
+        """What a message is multiplied with; of TransE's (x + r) − (background + r) only x − background is left."""
+        return table.contiguous() if self.settings.message_func == "distmult" else None
+
+    def to_background(self, out: Tensor, first: int, last: int, grad: Tensor, sign: int) -> None:
+        """Adds gradients of rows first ... last - 1 to those of their nodes' background."""
+        if self.shared:
+            out += sign * grad.sum(0)
+        else:
+            backends.module(out.device).add_to_nodes(out, self.place, first, last, grad, sign)
+
+
+class _Spread(torch.autograd.Function):
+    """`changed_states` on a CPU in one piece: no sorted copies of edges, nothing held that is not read again.
+
+    With c, p the rows after and before a layer, h = product[node] + change W_xᵀ + heard W_uᵀ, x' = relu(norm(h)) + x,
+    change' = x' − background[node]; a gradient of change is one of x, and with the other sign one of the background.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, walk: _Walk, start: Tensor, hidden: Tensor, *inputs: Tensor | None) -> Tensor:
+        L = len(walk.layers)
+        tables, states, products = (list(inputs[i * L : (i + 1) * L]) for i in range(3))
+        kept: list[Tensor] = []
+        background = Background(states, products, hidden, walk.shared)  # type: ignore[arg-type]
+        x = walk.forward(start, background, tables, kept)  # type: ignore[arg-type]
+        ctx.walk, ctx.nodes = walk, [len(state) for state in states]  # type: ignore[arg-type]
+        ctx.save_for_backward(*tables, *inputs[3 * L :], *kept)
+        return x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        walk, saved = ctx.walk, ctx.saved_tensors
+        L, D, counts, layout = len(walk.layers), grad.shape[1], walk.rows.counts, walk.layout
+        tables, weights, kept = saved[:L], saved[L : 4 * L], saved[4 * L :]
+        backend, rows, wanted = backends.module(grad.device), walk.rows, ctx.needs_input_grad[3:]
+        dtables: list[Tensor | None] = [None] * L
+        dstates, dproducts = ([grad.new_zeros(nodes, D) for nodes in ctx.nodes] for _ in range(2))
+        dweights: list[Tensor | None] = [None] * (3 * L)
+        dstart = grad.new_zeros(counts[0], D)
+        dx = grad.contiguous()
+        for i in range(L - 1, -1, -1):
+            before, count = counts[i], counts[i + 1]
+            weight, *norm = weights[3 * i : 3 * i + 3]
+            change, heard, h = kept[3 * i : 3 * i + 3]
+            dh, *dnorm = norm_backward(dx.unsqueeze(1), h.unsqueeze(1), *norm, walk.layers[i].eps)
+            dh = dh.squeeze(1)  # [count, 1, D] -> [count, D]
+            walk.to_background(dproducts[i], 0, count, dh, 1)
+            dweights[3 * i] = torch.cat([dh[:before].t() @ change[:before], dh.t() @ heard], dim=1)
+            if norm[0] is not None:
+                dweights[3 * i + 1 : 3 * i + 3] = dnorm
+            dchange, dheard = dh[:before] @ weight[:, :D], dh @ weight[:, D:]
+            if walk.share is not None:
+                dheard *= walk.share[:count]
+            dstart += dheard[: counts[0]]
+            factor = walk._factor(tables[i])
+            backend.sum_rows(
+                layout.by_src, rows.node, rows.query, walk.place, count, dheard, factor, dchange, add=True
+            )
+            if factor is not None and wanted[i]:
+                dtables[i] = backend.relation_gradient(layout, walk.place, before, count, change, dheard)
+            if i:
+                walk.to_background(dstates[i], 0, before, dchange, -1)
+            if walk.settings.short_cut:
+                walk.to_background(dstates[i], before, count, dx[before:], 1)
+                dchange += dx[:before]
+            dx = dchange
+        dstart += dx
+        return None, dstart, None, *dtables, *dstates, *dproducts, *dweights
 
 
 def first_states(

@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ragkit_kernels.relational_conv import build_layout
+from ragkit_kernels.relational_conv import backends, build_layout
 from relconv_graphs import GRAPHS, Edges, any_edges
 
 from ragkit.gfm import GFMSettings, GNNRetriever, active_states, spread
-from ragkit.gfm.active import active_rows
+from ragkit.gfm.active import ActiveRows, active_rows
 from ragkit.graph import KnowledgeGraph
 
 
@@ -318,3 +318,46 @@ def test_several_graphs_in_turn_and_from_two_threads(monkeypatch):
 
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(work, (0, 1, 0, 1))) == [True] * 4
+
+
+def weighted_gradients(model, graph, rows):
+    weight = torch.rand(graph.num_entities, generator=torch.Generator().manual_seed(3), dtype=torch.float64) + 0.1
+    logits = ask(model, graph, rows, weight=weight)
+    return logits, *torch.autograd.grad(logits.sin().sum(), list(model.parameters()))
+
+
+@pytest.mark.skipif(backends.available("cpu") is None, reason="no numba")
+@pytest.mark.parametrize("rows", ["active", "dense"])
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "one layer"])
+def test_one_piece_equals_plain_ops(name, rows, monkeypatch):
+    """Also where a layer takes several blocks of rows; "dense" has the first layer from its active rows."""
+    model, graph = model_and_graph(name, nodes=200, triples=220)
+    monkeypatch.setattr(spread, "BLOCK_NUMBERS", 6 * 7)  # 7 rows
+    with monkeypatch.context() as patch:
+        patch.setattr(backends, "use_kernel", lambda *_: False)
+        wanted = weighted_gradients(model, graph, rows)
+    with monkeypatch.context() as patch:
+        patch.setattr(ActiveRows, "layout", lambda *_: pytest.fail("edges were sorted"))
+        found = weighted_gradients(model, graph, rows)
+        with torch.no_grad():
+            without = ask(model, graph, rows)
+        model.requires_grad_(False)
+        assert torch.equal(ask(model, graph, rows), without)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.skipif(backends.available("cpu") is None, reason="no numba")
+def test_the_same_bits_on_one_and_two_threads():
+    model, graph = model_and_graph("default", nodes=200, triples=220)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = weighted_gradients(model.float(), graph, "active")
+        torch.set_num_threads(2)
+        two = weighted_gradients(model, graph, "active")
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(one[0], two[0])
+    for a, b in zip(one[1:], two[1:], strict=True):  # PyTorch's own products may split their sums
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

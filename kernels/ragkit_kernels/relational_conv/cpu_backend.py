@@ -9,10 +9,12 @@ from torch import Tensor
 from ragkit_kernels.numba_tools import flat, launch, optional
 from ragkit_kernels.relational_conv import cpu_conv as kernels
 from ragkit_kernels.relational_conv.cpu_epilogue import dot_backward, dot_forward, norm_backward, norm_forward
+from ragkit_kernels.relational_conv.cpu_rows import add_to_nodes, places, relation_gradient, sum_rows
 from ragkit_kernels.relational_conv.layout import GraphLayout, Segments, kept_degree
 from ragkit_kernels.relational_conv.reference import PNA_EPS, dense_boundary
 
 __all__ = [
+    "add_to_nodes",
     "conv_backward_relation",
     "conv_backward_weight",
     "conv_backward_x",
@@ -21,6 +23,9 @@ __all__ = [
     "dot_forward",
     "norm_backward",
     "norm_forward",
+    "places",
+    "relation_gradient",
+    "sum_rows",
 ]
 CODES = {"distmult": kernels.MULTIPLY, "transe": kernels.ADD}
 KINDS = {"sum": kernels.SUM, "mean": kernels.SUM, "max": kernels.MAX, "pna": kernels.PNA}
