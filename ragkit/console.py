@@ -69,9 +69,10 @@ class _StepHandler(logging.Handler):
         if not isinstance(record.args, tuple) or len(record.args) != 3 or not record.msg.startswith("step "):
             return
         step, total, shown = int(str(record.args[0])), int(str(record.args[1])), record.args[2]
-        if step < self.next_step and step != total:
+        evaluated = "eval_" in str(shown)  # those are few, and what one waits for
+        if step < self.next_step and step != total and not evaluated:
             return
-        self.next_step = step + max(1, total // self.lines)
+        self.next_step = self.next_step if evaluated else step + max(1, total // self.lines)
         words = str(shown).split()  # "loss 0.3 grad_norm 1.2 ...": name, value, name, value
         values = {name: value for name, value in zip(words[::2], words[1::2], strict=False) if name != "epoch"}
         text = "  ".join(f"{name} {value}" for name, value in values.items())

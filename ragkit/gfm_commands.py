@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ragkit import processes
@@ -14,7 +13,6 @@ from ragkit.resuming import settings_of_run
 from ragkit.runs import Run
 
 if TYPE_CHECKING:
-    from ragkit.evaluation import EvaluationResult
     from ragkit.gfm.training import GFMTraining
     from ragkit.graph import KnowledgeGraph
 
@@ -51,8 +49,7 @@ def finetune_command(config: GFMFinetuneConfig, out: Out) -> int:
     if not data.valid:
         out("no validation questions: the last weights are kept, not the best")
     out(_parameters(trainer))
-    before = trainer.evaluate() if data.test and processes.is_first() else {}
-    return _train(trainer, "gfm-finetune", resumed, out, lambda: trainer.evaluate() if data.test else {}, before)
+    return _train(trainer, "gfm-finetune", resumed, out)
 
 
 def pretrain_command(config: GFMPretrainConfig, out: Out) -> int:
@@ -64,8 +61,7 @@ def pretrain_command(config: GFMPretrainConfig, out: Out) -> int:
     for name, part in trainer.data.items():
         out(f"{name}: {_sizes(part.graph)}, {len(part.train):,} facts to learn from, {len(part.valid):,} held out")
     out(_parameters(trainer))
-    before = trainer.evaluate() if trainer.scores_while_training and processes.is_first() else {}
-    return _train(trainer, "gfm-pretrain", resumed, out, trainer.evaluate, before)
+    return _train(trainer, "gfm-pretrain", resumed, out)
 
 
 def evaluate_gfm_command(config: GFMEvaluateConfig, out: Out) -> int:
@@ -132,18 +128,13 @@ def _begin(config: Any, command: str, out: Out) -> tuple[Any, Run | None]:
     return config, resumed
 
 
-def _train(
-    trainer: GFMTraining[Any, Any],
-    command: str,
-    resumed: Run | None,
-    out: Out,
-    score: Any,
-    before: Mapping[str, EvaluationResult],
-) -> int:
+def _train(trainer: GFMTraining[Any, Any], command: str, resumed: Run | None, out: Out) -> int:
+    """Scores, trains, scores again and says where everything is."""
     from ragkit.evaluation import compare
     from ragkit.gfm.training import MODEL, best_of
 
     config = trainer.config
+    before = trainer.test()
     run = resumed or processes.shared_run(lambda: Run.create(config, config.output_dir, config.name))
     trainer.run = run
     out(f"{'going on' if resumed else 'training'} in {run.dir}")
@@ -152,13 +143,13 @@ def _train(
     if result.stopped:
         out(f"stopped at step {result.steps}; go on with: python -m ragkit {command} resume={run.dir}")
         return INTERRUPTED if pressed else DONE
+    after = trainer.test()
     if not processes.is_first():
         return DONE
     out(f"{result.steps} steps in {result.metrics['seconds']:.0f} s, mean loss {result.loss:.4f}")
     best = best_of(run)
     if best is not None:
         out(f"best {best['metric']} {best['value']:.4f} at step {best['step']}: these weights are kept")
-    after = score() if before else {}
     for name, scores in after.items():
         out(f"\n{name}\n{compare(before[name], scores)}\n")
         for when, part in (("before", before[name]), ("after", scores)):

@@ -21,6 +21,7 @@ from ragkit.gfm.text_encoder import open_encoder
 from ragkit.gfm.training import GFMTraining, new_model
 from ragkit.gfm_config import GFMFinetuneConfig, LossConfig
 from ragkit.graph import KnowledgeGraph
+from ragkit.processes import rank, world_size
 from ragkit.runs import Run
 
 KINDS = ("recall", "all", "filtered_hits")
@@ -204,6 +205,10 @@ class GFMFinetuneTrainer(GFMTraining[GNNRetriever, GFMFinetuneConfig]):
         if len(results) > 1:
             names += [f"{name}/{watched}" for name in results]
         return names
+
+    def test(self) -> dict[str, EvaluationResult]:
+        data = self.data.test
+        return self.gather(self._scores(data, (rank(), world_size())), lambda name: data[name].questions.ids)
 
     def evaluate(
         self, data: Mapping[str, GraphQuestions] | None = None, **options: Any

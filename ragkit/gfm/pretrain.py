@@ -21,6 +21,7 @@ from ragkit.gfm.training import GFMTraining, new_model
 from ragkit.gfm.triples import TrueTriples, corrupt, graph_triples, hold_out
 from ragkit.gfm_config import GFMPretrainConfig, GFMPretrainTask
 from ragkit.graph import KnowledgeGraph
+from ragkit.processes import rank, world_size
 from ragkit.runs import Run
 
 
@@ -175,6 +176,9 @@ class GFMPretrainTrainer(GFMTraining[QueryGNN, GFMPretrainConfig]):
         if len(results) > 1:
             names += [f"{name}/{self.config.train.watched_metric}" for name in results]
         return names
+
+    def test(self) -> dict[str, EvaluationResult]:
+        return self.gather(self.evaluate(shard=(rank(), world_size())), self.valid_ids)
 
     def evaluate(self, **options: Any) -> dict[str, EvaluationResult]:
         """Filtered ranking of the held-out facts of each graph, by the model as it is now.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -127,10 +127,13 @@ class GFMTraining(ABC, Generic[M, C]):
         result = run_training(trainer, run, resume=resume)
         self.model.eval()
         folder = run.dir / MODEL
-        if evaluates and folder.is_dir():
-            self.model.load_state_dict(load_gfm(folder).state_dict())
-        elif is_first():
+        if is_first() and not (evaluates and folder.is_dir()):
             save_gfm(self.model, folder, encoder=self.encoder_facts())
+        elif is_first():
+            self.model.load_state_dict(load_gfm(folder).state_dict())
+        if world_size() > 1:  # the best weights are with the first process
+            for parameter in self.model.parameters():
+                torch.distributed.broadcast(parameter.data, src=0)
         return result
 
     def engine_settings(self, batches: int) -> TrainConfig:
@@ -181,19 +184,30 @@ class GFMTraining(ABC, Generic[M, C]):
         return EpochBatches(self.sizes, t.batch_size, self.config.seed, rank(), world_size(), most=t.batch_per_epoch)
 
     def _evaluate(self) -> dict[str, float]:
-        """The logged metrics over all processes, each example counted once."""
-        results: dict[str, EvaluationResult] = self.validate((rank(), world_size()))
-        if world_size() > 1:
-            parts: list[Any] = [None] * world_size()
-            torch.distributed.all_gather_object(parts, results)
-            names = list(dict.fromkeys(name for part in parts for name in part))
-            results = {
-                name: merge_shards([part[name] for part in parts if name in part], self.valid_ids(name))
-                for name in names
-            }
+        """The logged metrics of the validation sets."""
+        results = self.gather(self.validate((rank(), world_size())), self.valid_ids)
         means = mean_metrics(results)
         names = [*self.shown(results), self.config.train.watched_metric]
         return {name: means[name] for name in dict.fromkeys(names) if name in means}
+
+    @staticmethod
+    def gather(results: dict[str, EvaluationResult], ids: Callable[[str], list[str]]) -> dict[str, EvaluationResult]:
+        """The whole results on every process, each example counted once.
+
+        Args:
+            results: What this process has scored: its shard of each data set.
+            ids: The ids of a data set, in order.
+        """
+        if world_size() == 1:
+            return results
+        parts: list[Any] = [None] * world_size()
+        torch.distributed.all_gather_object(parts, results)
+        names = list(dict.fromkeys(name for part in parts for name in part))
+        return {name: merge_shards([part[name] for part in parts if name in part], ids(name)) for name in names}
+
+    @abstractmethod
+    def test(self) -> dict[str, EvaluationResult]:
+        """Scores of the model as it is now, on what is compared before and after; all processes take part."""
 
     @abstractmethod
     def valid_ids(self, name: str) -> list[str]:
