@@ -82,8 +82,7 @@ def fuse_scores(
         least = torch.where(same | (std == 0), 0.0, (low - mean) / std)
     if missing == "zero":
         least = torch.zeros_like(least)
-    none = ~found.any(-1, keepdim=True)  # a retriever that found nothing for a question says nothing about it
-    scaled = torch.where(found, scaled, least).masked_fill(none, 0.0)
+    scaled = torch.where(found, scaled, least)  # all 0 for a retriever that found nothing for a question
     total = (scaled * torch.tensor(list(weights), dtype=torch.float64, device=s.device)[:, None, None]).sum(0)
     return total.masked_fill(~found.any(0), -torch.inf)
 

@@ -144,6 +144,9 @@ def test_given_entities_take_the_linkers_place(build):
     same(retriever.retrieve(QUESTIONS, 4, entities=ENTITIES), linked)
     same(retriever.retrieve(QUESTIONS, 4, entities=ids), linked)
     same(retriever.retrieve(QUESTIONS, 4, entities=[None, ["chile", "chile"], None, None]), linked)
+    assert retriever.link(QUESTIONS[:1], [["chile", names.index("chile"), "peru"]]) == [
+        [names.index("chile"), names.index("peru")]
+    ]
     other = retriever.retrieve(QUESTIONS[:1], 4, entities=[["santiago"]])
     assert pairs(other) != pairs(linked[:1])
     with pytest.raises(GraphError, match="no entity 'peruu'.*did you mean 'peru'"):
@@ -325,10 +328,14 @@ def examples():
     return rows, load_qa(rows)
 
 
-def test_a_rag_system_answers_and_is_evaluated(make_rag):
+def test_a_rag_system_answers_and_is_evaluated(make_rag, build):
     rag = make_rag()
     answer = rag.query(QUESTIONS[0])
     assert len(answer.passages) == 2 and isinstance(answer.text, str)
+    strings = make_rag(build(linker=EntityLinker(make_graph())))
+    with pytest.warns(UserWarning, match="1 of 2 questions name no entity"):
+        with_one, without = strings.batch_query([QUESTIONS[0], "how are you?"])
+    assert with_one.text == answer.text and without.passages == () and isinstance(without.text, str)
     result = evaluate(rag, examples()[1], ks=(1, 2))
     found = [[p.id for p in row] for row in rag.retriever.retrieve(QUESTIONS, 2)]
     support = ["Peru", "Chile", "Bolivia", "Peru"]
@@ -493,6 +500,7 @@ def test_a_system_with_it_is_saved_and_loaded(make_rag, build, letters, tmp_path
         RAGSystem.from_documents(TEXTS, retriever=build())
 
 
+@pytest.mark.slow
 def test_import_of_the_room_stays_light():
     code = "import sys, ragkit.gfm; print('transformers' in sys.modules, 'GFMRetriever' in dir(ragkit.gfm))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
