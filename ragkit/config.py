@@ -9,7 +9,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from ragkit.gfm_config import GFMEvaluateConfig, GFMFinetuneConfig, GFMPretrainConfig
+from ragkit.gfm_config import (
+    EntityModelConfig,
+    GFMEvaluateConfig,
+    GFMFinetuneConfig,
+    GFMFinetuneTask,
+    GFMModelConfig,
+    GFMPretrainConfig,
+    GFMTrainConfig,
+    LossConfig,
+    OptimizerConfig,
+    RankerConfig,
+)
 from ragkit.settings import Config, ConfigError, Problem, group, help_text, load_config, setting
 
 __all__ = [
@@ -277,7 +288,7 @@ class QueryConfig(Config):
 
 
 class QuickstartConfig(Config):
-    """The whole round on the small world: score, LSR, RALT, score again, controls, three questions, save."""
+    """The whole round on the small world: score, LSR, RALT, GFM, score again, controls, three questions, save."""
 
     rag: RAGConfig = group(RAGConfig(), "the RAG system")
     lsr: LSRConfig = group(
@@ -292,6 +303,25 @@ class QuickstartConfig(Config):
             train=TrainConfig(max_steps=280, batch_size=8, learning_rate=3e-3, save_steps=None),
         ),
         "training of the generator (its data, rag, system and output_dir are not used)",
+    )
+    gfm: GFMFinetuneConfig = group(
+        GFMFinetuneConfig(
+            model=GFMModelConfig(entity_model=EntityModelConfig(input_dim=32, hidden_dims=[32] * 3)),
+            task=GFMFinetuneTask(
+                losses=[
+                    LossConfig(name="bce", weight=0.3),
+                    LossConfig(name="listce", weight=0.7),
+                    LossConfig(name="listce", weight=1.0, is_doc_loss=True),
+                ]
+            ),
+            doc_ranker=RankerConfig(name="score_weighted_idf"),
+            optimizer=OptimizerConfig(lr=2e-3),
+            train=GFMTrainConfig(num_epoch=4),
+        ),
+        "training of the graph retriever (its datasets, device and output_dir are not used)",
+    )
+    n_graph: int = setting(
+        400, "One-hop training questions of the graph retriever, beside all two-hop ones.", unit="questions", ge=2
     )
     n_train: int = setting(1000, "Training questions of both trainings.", unit="questions", ge=2)
     n_test: int = setting(300, "Held-out questions scored before and after.", unit="questions", ge=10)

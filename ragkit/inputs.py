@@ -10,7 +10,7 @@ from ragkit.config import DataConfig, EvaluateConfig, RAGConfig
 from ragkit.console import Out
 
 if TYPE_CHECKING:
-    from ragkit.rag.retriever import DenseRetriever
+    from ragkit.rag.retriever import Retriever
     from ragkit.rag.system import RAGSystem
     from ragkit.tuning.qa_data import QAData
 
@@ -108,7 +108,7 @@ def open_system(config: Any, out: Out) -> RAGSystem:
 class Retrieval:
     """A system that only retrieves: scoring retrieval must not load a language model."""
 
-    def __init__(self, retriever: DenseRetriever):
+    def __init__(self, retriever: Retriever):
         self.retriever = retriever
 
     def batch_retrieve(self, questions: Sequence[str], top_k: int) -> list[Any]:

@@ -65,6 +65,7 @@ ROOMS = [
         "ragkit.resuming",
         "ragkit.gfm_commands",
         "ragkit.commands",
+        "ragkit.quickstart_graph",
         "ragkit.quickstart",
         "ragkit.__main__",
     ],

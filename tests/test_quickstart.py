@@ -13,6 +13,7 @@ from ragkit import quickstart as qs
 from ragkit import small_world
 from ragkit.config import QuickstartConfig
 from ragkit.evaluation import EvaluationResult
+from ragkit.gfm.retriever import GFMRetriever
 from ragkit.rag.corpus import Passage
 from ragkit.rag.generator import Generator
 from ragkit.rag.retriever import DenseRetriever
@@ -137,6 +138,8 @@ def test_the_whole_round_with_few_steps(tmp_path, tiny_lm, tokenizer, monkeypatc
         rag={"generator": str(tmp_path / "lm"), "device": "cpu", "max_new_tokens": 4},
         lsr={"train": {"max_steps": 3, "batch_size": 4}},
         ralt={"train": {"max_steps": 3, "batch_size": 4}},
+        gfm={"train": {"max_steps": 3}},
+        n_graph=20,
         n_train=12,
         n_test=10,
         bootstrap=100,
@@ -147,7 +150,7 @@ def test_the_whole_round_with_few_steps(tmp_path, tiny_lm, tokenizer, monkeypatc
     outcome = qs.quickstart(config, lines.append)
 
     titles = [line for line in lines if line.startswith("[")]
-    total = 10 if controls else 8
+    total = 11 if controls else 9
     assert [title.split("]")[0] for title in titles] == [f"[{n}/{total}" for n in range(1, total + 1)]
     assert len(outcome.seconds) == total
     labels = {qs.BEFORE, qs.AFTER_LSR, qs.AFTER} | ({qs.SHUFFLED, qs.RANDOM} if controls else set())
@@ -156,7 +159,12 @@ def test_the_whole_round_with_few_steps(tmp_path, tiny_lm, tokenizer, monkeypatc
     assert len(outcome.answers) == 3
 
     run = Run.open(outcome.run_dir)
-    assert json.loads((run.dir / "evaluation.json").read_text()).keys() == labels
+    two_hop = {"two-hop: dense", "two-hop: graph"}
+    assert json.loads((run.dir / "evaluation.json").read_text()).keys() == labels | two_hop
+    assert len(outcome.two_hop.results[1].ids) == 174
+    graph = GFMRetriever.load(run.dir / "graph_retriever")
+    assert len(graph.retrieve(["Where was Leonhard Euler born?"], 2)[0]) == 2
+    assert len(Run.open(run.dir / "gfm").events()) >= 3
     assert "before: mrr" in run.metrics()
     assert len(Run.open(run.dir / "lsr").events()) >= 3 and len(Run.open(run.dir / "ralt").events()) >= 3
     assert (run.dir / "lsr-shuffled").is_dir() == controls
