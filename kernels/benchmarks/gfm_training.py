@@ -7,9 +7,9 @@
 A step is: a batch of the questions -> forward -> 0.3 BCE + 0.7 ListCE on all entities -> backward -> AdamW -> no
 gradients. Part "step" takes the mean over a few batches, part "epoch" goes once through all questions; in both the
 methods take turns, batch by batch. "pyg" is the peer (dense masks, a relation table for each question), "reference"
-our model on plain PyTorch ops, "checkpointing" ours with gradient checkpointing. Before anything is timed, losses,
-gradients and the weights after a step are compared. FOLDER is a data set in the GFM-RAG layout; its texts' embeddings
-are random, since the encoder takes no part in a step.
+our model on plain PyTorch ops, "checkpointing" ours with gradient checkpointing, which matters to --rows dense and
+where "auto" takes that path. Before anything is timed, losses, gradients and the weights after a step are compared.
+FOLDER is a data set in the GFM-RAG layout; its texts' embeddings are random, since the encoder takes no part in a step.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from measure import append_rows, in_child, in_turn, memory_growth, show, where
 from pyg_peer import PygRetriever, peer_loss
-from ragkit_kernels.relational_conv import backends
+from ragkit_kernels.relational_conv import backends, relu_dot
 from relational_conv import read
 from torch import Tensor
 from torch_geometric.data import Data
@@ -36,7 +36,7 @@ from ragkit.gfm.ragged import Ragged
 from ragkit.graph import KnowledgeGraph
 
 METHODS = ["ragkit", "checkpointing", "reference", "pyg"]
-SIZES = ("nodes", "triples", "relations", "questions", "dim", "layers", "text_dim", "threads", "device")
+SIZES = ("nodes", "triples", "relations", "questions", "dim", "layers", "text_dim", "threads", "device", "rows")
 LEARNING_RATE = 5e-4
 
 
@@ -109,6 +109,7 @@ class Trainee:
         ours = GNNRetriever(
             GFMSettings(rel_emb_dim=args.text_dim, input_dim=args.dim, hidden_dims=[args.dim] * args.layers)
         )
+        ours.rows = args.rows
         self.model: Any = ours
         if method == "pyg":
             self.model = PygRetriever(args.dim, args.layers, args.text_dim)
@@ -257,6 +258,7 @@ def rows_of(args: argparse.Namespace, name: str, world: World, dtype: str, size:
                     "dim": args.dim,
                     "batch": size,
                     "dtype": dtype,
+                    "rows": args.rows,
                     "part": part,
                     "method": method,
                     "ms": round(found["ms"], 1),
@@ -283,6 +285,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--text-dim", type=int, default=384)
+    parser.add_argument("--rows", default="auto", choices=["auto", "dense", "active"], help="as `GNNRetriever.rows`")
     parser.add_argument("--batch", type=int, nargs="+", default=[8])
     parser.add_argument("--batches", type=int, default=3, help="batches of part step")
     parser.add_argument("--dtype", nargs="+", default=["float32"], help="float32, or autocast to float16 or bfloat16")
@@ -293,6 +296,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--peaks", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory")
     parser.add_argument("--memory", default=None, help=argparse.SUPPRESS)  # METHOD, in a child
     args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    relu_dot(
+        torch.zeros(1, 1, 1), torch.zeros(1, 1), torch.zeros(1)
+    )  # the first kernel on numba sets PyTorch's threads
     torch.set_num_threads(args.threads)
     if args.memory:
         print(memory_here(args))
