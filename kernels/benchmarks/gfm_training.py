@@ -9,7 +9,7 @@ gradients. Part "step" takes the mean over a few batches, part "epoch" goes once
 methods take turns, batch by batch. "pyg" is the peer (dense masks, a relation table for each question), "reference"
 our model on plain PyTorch ops, "checkpointing" ours with gradient checkpointing, which matters to --rows dense and
 where "auto" takes that path. Before anything is timed, losses, gradients and the weights after a step are compared.
-FOLDER is a data set in the GFM-RAG layout; its texts' embeddings are random, since the encoder takes no part in a step.
+FOLDER is a data set in the GFM-RAG layout; its texts' embeddings are random: the encoder takes no part in a step.
 """
 
 from __future__ import annotations
