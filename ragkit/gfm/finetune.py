@@ -147,7 +147,9 @@ class GFMFinetuneTrainer(GFMTraining[GNNRetriever, GFMFinetuneConfig]):
     ) -> None:
         config = config or GFMFinetuneConfig()
         if model is None and config.train.checkpoint is not None:
-            model = load_gfm(config.train.checkpoint, kind="retriever")  # type: ignore[assignment]  # before the data: it may not be there
+            with torch.random.fork_rng(devices=[]):  # before the data: it may not be there
+                torch.manual_seed(config.seed)  # a pre-trained one has no question_mlp; the same new one everywhere
+                model = load_gfm(config.train.checkpoint, kind="retriever")  # type: ignore[assignment]
         if encoder is None and data is None:
             encoder = open_encoder(config.text_emb_model, config.device)
         super().__init__(config, encoder, run)
