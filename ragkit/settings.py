@@ -167,7 +167,7 @@ def load_config(
     """
     values: dict[str, Any] = base.explicit() if base is not None else {}
     if path is not None:
-        values = deep_merge(values, _read_yaml(path))
+        values = deep_merge(values, read_yaml(path))
     for override in overrides:
         values = deep_merge(values, _parse_override(cls, override))
     made = cls(**{str(key): value for key, value in values.items()})
@@ -252,7 +252,7 @@ def _text_node(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 _Dumper.add_representer(str, _text_node)
 
 
-def _read_yaml(source: str | Path) -> dict[str, Any]:
+def read_yaml(source: str | Path) -> dict[str, Any]:
     """Reads a mapping from a YAML file, or from YAML text."""
     text = str(source)
     is_text = not isinstance(source, Path) and ("\n" in text or ":" in text) and not text.endswith((".yaml", ".yml"))

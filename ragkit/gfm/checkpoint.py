@@ -15,7 +15,7 @@ from torch import Tensor
 from ragkit.files import atomic_dir
 from ragkit.gfm.model import GNNRetriever, GraphModel, QueryGNN
 from ragkit.gfm.settings import GFMSettings
-from ragkit.gfm.state_dict import check_state, config_settings, settings_of
+from ragkit.gfm.state_dict import check_state, config_settings, default_settings, settings_of
 from ragkit.gfm.weights_file import CONFIG, PICKLED, SAFE, CheckpointError, find_files, read_config, read_tensors
 
 FORMAT = "ragkit.gfm"
@@ -43,8 +43,10 @@ def load_gfm(
 
     Args:
         path_or_repo: A folder with config.json and model.pth (GFM-RAG, either generation of its config) or
-            model.safetensors (ours); such a weights file with its config.json beside it; or a repository on the
-            Hugging Face hub, such as "rmanluo/GFM-RAG-8M".
+            model.safetensors (ours); such a weights file with its config.json beside it; a checkpoint of v1's
+            training (model_best.pth), which has none: the tensors tell its sizes, and .hydra/config.yaml beside it the
+            rest, or v1's defaults and a printed line; or a repository on the Hugging Face hub, such as
+            "rmanluo/GFM-RAG-8M".
         revision: Commit, tag or branch of the repository. (GFM-RAG's authors moved that repository on to their
             version 2; revision "4da9e4655d126a783ae2b795ab73b7c7a7c3f4ac" is of version 1.)
         kind: "auto": a `GNNRetriever` if the checkpoint has `question_mlp`, else a `QueryGNN`. "retriever": a
@@ -62,9 +64,11 @@ def load_gfm(
     if kind not in ("auto", "retriever", "link_prediction"):
         raise ValueError(f"kind: expected auto, retriever or link_prediction, found {kind!r}")
     config_path, weights = find_files(path_or_repo, revision)
-    config = read_config(config_path)
-    stated = config_settings(config, str(config_path))
+    config = {} if config_path is None else read_config(config_path)
     state = read_tensors(weights)
+    stated = (
+        default_settings(state, str(weights)) if config_path is None else config_settings(config, str(config_path))
+    )
     has_question = any(name.startswith("question_mlp.") for name in state)
     settings = settings_of(state, stated, str(weights))
     check_state(state, settings, retriever=has_question, where=str(weights))
@@ -221,7 +225,9 @@ def _write_config(folder: Path, config: dict[str, Any]) -> None:
 
 
 def _encoder_info(config: dict[str, Any]) -> dict[str, Any] | None:
-    info = config.get("encoder", config.get("text_emb_model_config"))
+    info = next(
+        (config[name] for name in ("encoder", "text_emb_model_config", "text_emb_model") if name in config), None
+    )
     return {name: value for name, value in info.items() if name != "_target_"} if isinstance(info, dict) else None
 
 

@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ragkit.gfm.layers import PNA_WIDTH
 from ragkit.gfm.model import GNNRetriever, QueryGNN
 from ragkit.gfm.settings import GFMSettings
 from ragkit.gfm.weights_file import CheckpointError
 
 # What GFM-RAG's entity model assumes where its config is silent.
 SILENT = {"message_func": "distmult", "aggregate_func": "sum", "short_cut": False, "activation": "relu"}
+# What its training files state, for checkpoints that come without any config.
+TRAINED = {"message_func": "distmult", "aggregate_func": "sum", "short_cut": True}
 SHAPED = ("rel_emb_dim", "input_dim", "hidden_dims", "layer_norm", "concat_hidden", "num_mlp_layer")
 
 
@@ -43,6 +46,18 @@ def config_settings(config: dict[str, Any], where: str) -> dict[str, Any]:
             settings["rel_emb_dim"] = outer[name]
     if found.get("remove_one_hop"):
         warnings.warn(f"{where}: remove_one_hop is not supported; only the asked triples are hidden", stacklevel=4)
+    return settings
+
+
+def default_settings(state: dict[str, Tensor], where: str) -> dict[str, Any]:
+    """What is assumed of tensors without a config, where their shapes do not tell; a line says so."""
+    settings: dict[str, Any] = dict(TRAINED)
+    first, relations = (state.get(name) for name in ("entity_model.layers.0.linear.weight", "rel_mlp.weight"))
+    told = first is not None and relations is not None and first.shape[-1:] == (PNA_WIDTH * len(relations),)
+    if told:
+        settings["aggregate_func"] = "pna"
+    assumed = [f"{name} {value}" for name, value in settings.items() if not (told and name == "aggregate_func")]
+    print(f"{where}: no config beside it; its sizes are its tensors', {', '.join(assumed)} as in GFM-RAG's own files")
     return settings
 
 

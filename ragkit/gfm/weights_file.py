@@ -14,8 +14,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ragkit.optional import require
+from ragkit.settings import ConfigError, read_yaml
 
 CONFIG, SAFE, PICKLED = "config.json", "model.safetensors", "model.pth"
+HYDRA = Path(".hydra") / "config.yaml"  # what Hydra writes into the folder of a run of GFM-RAG
 SHOWN = 100  # tensors of a kind that an error lists
 PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 
@@ -45,8 +47,11 @@ class CheckpointError(ValueError):
         super().__init__(message)
 
 
-def find_files(source: str | Path, revision: str | None) -> tuple[Path, Path]:
-    """(config.json, weights) of a folder, of a weights file with its config beside it, or of a hub repository.
+def find_files(source: str | Path, revision: str | None) -> tuple[Path | None, Path]:
+    """(config, weights) of a folder, of a weights file, or of a hub repository.
+
+    The config is config.json, or beside a weights file of GFM-RAG v1's training (model_best.pth) also .hydra's; None:
+    such a file has none.
 
     Raises:
         CheckpointError: There is no such thing; the message says what was looked for.
@@ -59,7 +64,8 @@ def find_files(source: str | Path, revision: str | None) -> tuple[Path, Path]:
             raise CheckpointError(f"{path}: expected {SAFE} or {PICKLED}, found {found}")
         return _beside(path / CONFIG), weights
     if path.is_file():
-        return _beside(path.parent / CONFIG), path
+        known = next((path.parent / name for name in (CONFIG, HYDRA) if (path.parent / name).is_file()), None)
+        return (_beside(path.parent / CONFIG) if known is None and path.suffix == ".safetensors" else known), path
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
         raise CheckpointError(f"{source}: no such folder or file, and not the name of a hub repository (owner/name)")
     config = _download(str(source), CONFIG, revision)
@@ -93,11 +99,16 @@ def _download(repo: str, name: str, revision: str | None) -> Path:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A config.json.
+    """A config.json, or the config.yaml of a run of GFM-RAG.
 
     Raises:
-        CheckpointError: It is no JSON object.
+        CheckpointError: It is no JSON object (or no YAML mapping).
     """
+    if path.suffix == ".yaml":
+        try:
+            return read_yaml(path)
+        except ConfigError as error:
+            raise CheckpointError(str(error)) from error
     try:
         value = json.loads(path.read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
