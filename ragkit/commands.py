@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ragkit import __version__, processes
+from ragkit.compat.gfmrag import as_config
 from ragkit.config import (
     Config,
     EvaluateConfig,
@@ -265,6 +266,11 @@ def _run(given: list[str], out: Out) -> int:
     if len(files) > 1:
         raise CommandError(f"found {len(files)} configuration files ({', '.join(files)}), expected one at most")
     overrides = [argument for argument in rest if argument not in files]
+    foreign = as_config(kind, Path(files[0]), overrides) if files else None
+    if foreign is not None:  # a file of GFM-RAG
+        config, report = foreign
+        out(f"{report}\n")
+        return command(config, out)
     return command(load_config(kind, Path(files[0]) if files else None, overrides), out)
 
 

@@ -60,6 +60,7 @@ ROOMS = [
     ["ragkit.rag", "ragkit.graph"],
     ["ragkit.tuning", "ragkit.gfm"],
     [
+        "ragkit.compat",
         "ragkit.console",
         "ragkit.inputs",
         "ragkit.resuming",

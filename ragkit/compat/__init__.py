@@ -1,0 +1,1 @@
+"""The names, YAML files and habits of other kits, mapped onto ours."""
