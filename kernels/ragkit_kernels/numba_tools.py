@@ -29,8 +29,13 @@ def launch(function: Callable[..., Any], *arguments: Any) -> None:
     """Runs a kernel on as many threads as PyTorch uses."""
     with _LOCK:
         most = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
-        numba.set_num_threads(max(1, min(torch.get_num_threads(), most)))
+        threads = torch.get_num_threads()
+        numba.set_num_threads(max(1, min(threads, most)))
         function(*arguments)
+        # Where both use one OpenMP, numba's start sets its number of threads for PyTorch too, also where that was
+        # set to 1 because the machine is busy; steps were seven times slower for it.
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
 
 
 def flat(tensor: Tensor) -> np.ndarray:
