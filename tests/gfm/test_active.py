@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from ragkit_kernels.relational_conv import backends, build_layout
 from relconv_graphs import GRAPHS, Edges, any_edges
 
-from ragkit.gfm import GFMSettings, GNNRetriever, active_states, spread
+from ragkit.gfm import GFMSettings, GNNRetriever, active_states, entity_weights, spread
 from ragkit.gfm.active import ActiveRows, active_rows
 from ragkit.graph import KnowledgeGraph
 
@@ -361,3 +361,25 @@ def test_the_same_bits_on_one_and_two_threads():
     assert torch.equal(one[0], two[0])
     for a, b in zip(one[1:], two[1:], strict=True):  # PyTorch's own products may split their sums
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("sets", [[[], []], [[3], [2, 3]], [[], [0]]])
+def test_questions_whose_entities_have_no_weight(sets, training):
+    """No entity at all, or entities of no document: every row is the background's, on either path."""
+    graph = KnowledgeGraph.from_triples(
+        [("lima", "capital of", "peru"), ("peru", "borders", "chile"), ("santiago", "capital of", "chile")],
+        {"Peru": ["peru", "lima"]},
+    )
+    weights = entity_weights(graph)
+    assert weights.tolist() == [1, 1, 0, 0]
+    torch.manual_seed(0)
+    graph.rel_emb = torch.randn(4, 7)
+    model = GNNRetriever(GFMSettings(rel_emb_dim=7, input_dim=6, hidden_dims=[6, 6, 6])).train(training)
+    e = torch.randn(2, 7)
+    found = {}
+    for model.rows in ("dense", "active", "auto"):
+        with torch.set_grad_enabled(training):
+            found[model.rows] = model(graph, e, sets, weights)
+    torch.testing.assert_close(found["active"], found["dense"])
+    torch.testing.assert_close(found["auto"], found["dense"])

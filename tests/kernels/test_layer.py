@@ -91,6 +91,15 @@ def test_messages_written_to_a_given_place(backend):
         relational_conv(x.requires_grad_(), r, LAYOUT, out=torch.empty_like(x), backend=backend)
 
 
+@pytest.mark.parametrize("backend", ["kernel", "reference"])
+def test_empty_places_share_no_memory(backend):
+    """Empty tensors are all at address 0; a batch without a row to compute has them."""
+    nothing = torch.empty(0, dtype=torch.int64)
+    layout = build_layout(nothing, nothing, nothing, 0, R)
+    x, out = (torch.empty(0, B, D, dtype=torch.float64) for _ in range(2))
+    assert relational_conv(x, draw(R, D).detach(), layout, out=out, backend=backend) is out
+
+
 def test_in_place_has_no_gradient_and_says_so():
     with pytest.raises(RuntimeError, match="relational_layer_ has no gradient; use relational_layer"):
         relational_layer_(*operands(), draw(R, D), LAYOUT)
