@@ -80,7 +80,7 @@ class EntityModelConfig(Config):
 class GFMModelConfig(Config):
     """The model that is trained from scratch; a checkpoint brings its own sizes."""
 
-    entity_model: EntityModelConfig = group(EntityModelConfig(), "the layers")
+    entity_model: EntityModelConfig = group(EntityModelConfig(), "the message passing layers")
 
 
 class OptimizerConfig(Config):
@@ -213,10 +213,10 @@ class GFMRunConfig(Config):
     seed: int = setting(
         1024, "Seed of new weights, data order, negatives and splits.", unit="seed number", ge=0, lt=2**32
     )
-    datasets: GFMDatasets = group(GFMDatasets(), "the data")
+    datasets: GFMDatasets = group(GFMDatasets(), "the data sets that are trained on and scored")
     text_emb_model: TextEmbModel = group(TextEmbModel(), "the text encoder")
     model: GFMModelConfig = group(GFMModelConfig(), "the model, where there is no train.checkpoint")
-    optimizer: OptimizerConfig = group(OptimizerConfig(), "the optimizer")
+    optimizer: OptimizerConfig = group(OptimizerConfig(), "the optimizer, AdamW")
     device: str = setting(
         "auto",
         '"auto" (GPU if there is one), "cpu", "cuda", "cuda:1" or "mps".',
