@@ -44,7 +44,7 @@ def share_loss(scores: Tensor, target: Sequence[Tensor]) -> Tensor:
     Returns:
         The mean over rows with a target; scalar.
     """
-    counts = torch.tensor([len(ids) for ids in target], device=scores.device)
+    counts = torch.tensor([len(ids) for ids in target], dtype=torch.long, device=scores.device)
     rows = torch.arange(len(target), device=scores.device).repeat_interleave(counts)
     ids = torch.cat([ids.to(scores.device) for ids in target]) if len(target) else rows
     share = scores[rows, ids] / (scores.sum(1) + LIST_EPS)[rows]  # [M]
