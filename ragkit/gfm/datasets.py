@@ -85,6 +85,21 @@ def short_names(names: Sequence[str]) -> list[str]:
     return [short if last.count(short) == 1 else name for short, name in zip(last, names, strict=True)]
 
 
+def find_datasets(names: Sequence[str], root: str | Path) -> dict[str, str]:
+    """The folder of each data set, by short name.
+
+    Raises:
+        DatasetError: There is none, or one stands there twice.
+    """
+    found = {short: find_dataset(name, root) for short, name in zip(short_names(names), names, strict=True)}
+    first: dict[Path, str] = {}
+    for short, folder in found.items():
+        other = first.setdefault(Path(folder).resolve(), short)
+        if other != short:
+            raise DatasetError(f'"{other}" and "{short}" are the same data set, {folder}')
+    return found
+
+
 def load_graphs(names: Sequence[str], datasets: GFMDatasets, encoder: Any) -> dict[str, KnowledgeGraph]:
     """The graphs of data sets, by short name, with their relation embeddings.
 
@@ -94,10 +109,8 @@ def load_graphs(names: Sequence[str], datasets: GFMDatasets, encoder: Any) -> di
         encoder: A `TextEncoder`.
     """
     graphs = {}
-    for short, name in zip(short_names(names), names, strict=True):
-        graph = KnowledgeGraph.load(
-            find_dataset(name, datasets.root), v1_names=datasets.v1_names, cache=datasets.cache
-        )
+    for short, folder in find_datasets(names, datasets.root).items():
+        graph = KnowledgeGraph.load(folder, v1_names=datasets.v1_names, cache=datasets.cache)
         embed_relations(graph, encoder, cache=datasets.cache)
         graphs[short] = graph
     return graphs
@@ -121,15 +134,14 @@ def load_finetune_data(datasets: GFMDatasets, encoder: Any, seed: int, tests: bo
 
     def questions(names: Sequence[str], split: str, most: int | None, whole: bool) -> dict[str, GraphQuestions]:
         found = {}
-        for short, name in zip(short_names(names), names, strict=True):
-            folder = find_dataset(name, datasets.root)
+        for short, folder in find_datasets(names, datasets.root).items():
             if folder not in graphs:
-                graphs[folder] = next(iter(load_graphs([name], datasets, encoder).values()))
+                graphs[folder] = load_graphs([folder], datasets, encoder).popitem()[1]
             graph = graphs[folder]
             loaded = QuestionSet.load(folder, graph, encoder, split, v1_names=datasets.v1_names, cache=datasets.cache)
             places = [i for i in range(len(loaded)) if not (whole and loaded.is_part[i])]
             if not places:
-                raise DatasetError(f"{name}: all {len(loaded)} questions of {split} are marked sub_question")
+                raise DatasetError(f"{short}: all {len(loaded)} questions of {split} are marked sub_question")
             found[short] = GraphQuestions(short, graph, loaded.subset(places[:most]))
         return found
 
@@ -140,14 +152,13 @@ def load_finetune_data(datasets: GFMDatasets, encoder: Any, seed: int, tests: bo
     elif datasets.valid_share:
         for name, part in list(train.items()):
             kept, held_out = hold_out_questions(part.questions, datasets.valid_share, seed)
-            if not kept:
-                raise DatasetError(
-                    f"{name}: datasets.valid_share={datasets.valid_share:g} of {len(part.questions)} questions leaves "
-                    "none to train on (questions that share a supporting document stay together); set it to 0, or "
-                    "name a data set in datasets.valid_names"
-                )
             train[name] = GraphQuestions(name, part.graph, part.questions.subset(kept))
-            if held_out:
+            if not held_out:
+                print(
+                    f"{name}: no question is held out to choose the best model, since all share supporting documents "
+                    "or are parts of others; datasets.valid_names can name other questions"
+                )
+            else:
                 valid[name] = GraphQuestions(name, part.graph, part.questions.subset(held_out))
     test: dict[str, GraphQuestions] = {}
     if tests:
@@ -177,7 +188,8 @@ def hold_out_questions(questions: QuestionSet, share: float, seed: int) -> tuple
 
     Args:
         questions: The set.
-        share: Share of the whole questions that is held out; at least one of them where there are two groups.
+        share: Share of the whole questions that is held out; where no group is small enough for it, the smallest. All
+            questions of one group stay to be trained on.
         seed: Seed of the order.
 
     Returns:
@@ -196,6 +208,11 @@ def hold_out_questions(questions: QuestionSet, share: float, seed: int) -> tuple
         if mine and len(held) + len(mine) <= max(1, wanted) * 1.5:  # a giant group stays in training
             out.update(groups[number])
             held += mine
+    if not held:  # of two large groups the smaller one, rather than none to choose a model by
+        scored = [group for group in groups if len(group) < len(questions) and not all(questions.is_part[group])]
+        for group in sorted(scored, key=len)[:1]:
+            out.update(group)
+            held = [i for i in group if not questions.is_part[i]]
     return [i for i in range(len(questions)) if i not in out], sorted(held)
 
 

@@ -24,7 +24,7 @@ def incidence():
     return Incidence.of(dense), dense.double()
 
 
-def logits(rows=len(TARGETS), **options):
+def logits(rows=4, **options):
     return torch.randn(rows, N, generator=torch.Generator().manual_seed(2), dtype=torch.float64, **options)
 
 
