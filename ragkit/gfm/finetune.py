@@ -53,9 +53,13 @@ class QuestionLoss(nn.Module):
         }
         self._incidence: dict[str, Incidence] = {}  # on the device that was last asked for
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None) -> None:
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: Any = None, **options: Any) -> None:
         """Recomputes the model's layers in the backward pass; called by the Trainer."""
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+        self.model.activation_checkpointing_enable(activation_checkpointing_kwargs, **options)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **options: Any) -> None:
+        """The same under the name that transformers had for it before version 5."""
+        self.model.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
 
     def forward(
         self,
@@ -146,13 +150,13 @@ class GFMFinetuneTrainer(GFMTraining[GNNRetriever, GFMFinetuneConfig]):
         run: Run | None = None,
     ) -> None:
         config = config or GFMFinetuneConfig()
+        super().__init__(config, encoder, run)
         if model is None and config.train.checkpoint is not None:
             with torch.random.fork_rng(devices=[]):  # before the data: it may not be there
                 torch.manual_seed(config.seed)  # a pre-trained one has no question_mlp; the same new one everywhere
                 model = load_gfm(config.train.checkpoint, kind="retriever")  # type: ignore[assignment]
         if encoder is None and data is None:
-            encoder = open_encoder(config.text_emb_model, config.device)
-        super().__init__(config, encoder, run)
+            encoder = self.encoder = open_encoder(config.text_emb_model, config.device)
         self.data = load_finetune_data(config.datasets, encoder, config.seed) if data is None else data
         if model is None:
             rel_emb = next(iter(self.data.train.values())).graph.rel_emb
@@ -172,6 +176,10 @@ class GFMFinetuneTrainer(GFMTraining[GNNRetriever, GFMFinetuneConfig]):
     @property
     def scores_while_training(self) -> bool:
         return bool(self.data.valid)
+
+    @property
+    def valid_names(self) -> list[str]:
+        return list(self.data.valid)
 
     @property
     def metric_names(self) -> list[str]:

@@ -72,9 +72,13 @@ class TripleLoss(nn.Module):
         self.model, self.task = model, task
         self._graphs = {name: part.graph for name, part in data.items()}
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None) -> None:
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: Any = None, **options: Any) -> None:
         """Recomputes the model's layers in the backward pass; called by the Trainer."""
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+        self.model.activation_checkpointing_enable(activation_checkpointing_kwargs, **options)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **options: Any) -> None:
+        """The same under the name that transformers had for it before version 5."""
+        self.model.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
 
     def forward(self, dataset: str, triples: Tensor, share: float = 1.0) -> dict[str, Tensor]:
         """The loss of B facts with their negatives.
@@ -122,11 +126,11 @@ class GFMPretrainTrainer(GFMTraining[QueryGNN, GFMPretrainConfig]):
         run: Run | None = None,
     ) -> None:
         config = config or GFMPretrainConfig()
+        super().__init__(config, encoder, run)
         if model is None and config.train.checkpoint is not None:
             model = load_gfm(config.train.checkpoint, kind="link_prediction")  # type: ignore[assignment]
         if encoder is None and data is None:
-            encoder = open_encoder(config.text_emb_model, config.device)
-        super().__init__(config, encoder, run)
+            encoder = self.encoder = open_encoder(config.text_emb_model, config.device)
         if data is None:
             names = config.datasets.train_names
             graphs = load_graphs(names, config.datasets, encoder)
@@ -149,7 +153,11 @@ class GFMPretrainTrainer(GFMTraining[QueryGNN, GFMPretrainConfig]):
 
     @property
     def scores_while_training(self) -> bool:
-        return any(len(part.valid) for part in self.data.values())
+        return bool(self.valid_names)
+
+    @property
+    def valid_names(self) -> list[str]:
+        return [name for name, part in self.data.items() if len(part.valid)]
 
     @property
     def metric_names(self) -> list[str]:

@@ -24,6 +24,7 @@ from ragkit.gfm.graph_view import view_of
 from ragkit.gfm.model import GraphModel
 from ragkit.gfm.settings import GFMSettings
 from ragkit.gfm.shards import mean_metrics, merge_shards
+from ragkit.gfm.text_encoder import InstructedEncoder
 from ragkit.gfm_config import GFMRunConfig
 from ragkit.graph import KnowledgeGraph
 from ragkit.processes import is_first, rank, world_size
@@ -54,6 +55,7 @@ class GFMTraining(ABC, Generic[M, C]):
         self.encoder = encoder
         self.run = run
         self.trainer: RunTrainer | None = None
+        self._check_metric(self.config.train.watched_metric.rpartition("/")[2], self.metric_names)
 
     # ---- what the two differ in ----
 
@@ -71,6 +73,11 @@ class GFMTraining(ABC, Generic[M, C]):
     @abstractmethod
     def scores_while_training(self) -> bool:
         """Whether there is something to choose the best model by."""
+
+    @property
+    @abstractmethod
+    def valid_names(self) -> list[str]:
+        """The data sets that are scored to choose the best model."""
 
     @property
     @abstractmethod
@@ -215,7 +222,10 @@ class GFMTraining(ABC, Generic[M, C]):
 
     def encoder_facts(self) -> Any:
         """What a checkpoint says of the encoder; None if nothing is known of it."""
-        facts = getattr(self.encoder, "facts", None)
+        encoder = self.encoder
+        if getattr(encoder, "name", None) is not None:  # an `Encoder` that was given as it is
+            encoder = InstructedEncoder(encoder)
+        facts = getattr(encoder, "facts", None)
         return facts if facts is not None else self.model.encoder_info
 
     def check(self) -> None:
@@ -223,26 +233,37 @@ class GFMTraining(ABC, Generic[M, C]):
 
         Raises:
             GraphError: The encoder gives another number of values than the model wants.
-            ConfigError: `train.watched_metric` is unknown.
+            ConfigError: `train.watched_metric` is of a data set that is not scored.
         """
         if world_size() == 1:  # else the Trainer knows which device is this process's
             self.model.to(resolve_device(self.config.device))
         for graph in self.graphs.values():
             view_of(graph).check_rel_emb(graph.rel_emb, self.model.settings.rel_emb_dim)
-        watched, known = self.config.train.watched_metric, self.metric_names
-        if watched not in known and watched.rpartition("/")[2] not in known:
-            near = difflib.get_close_matches(watched, known, n=1)
+        name, slash, _ = self.config.train.watched_metric.rpartition("/")
+        if slash and self.scores_while_training and self.config.train.do_eval:
+            self._check_metric(name, self.valid_names, "a data set that is scored while training, ")
+
+    def _check_metric(self, found: str, known: list[str], what: str = "") -> None:
+        if found not in known:
+            near = difflib.get_close_matches(found, known, n=1)
             hint = f'; did you mean "{near[0]}"?' if near else ""
-            raise ConfigError(f"train.watched_metric: found {watched!r}, expected one of {', '.join(known)}{hint}")
+            watched = self.config.train.watched_metric
+            raise ConfigError(
+                f"train.watched_metric: found {watched!r}, expected {what}one of {', '.join(known)}{hint}"
+            )
 
 
 class _Trainer(RunTrainer):
-    """The engine with our own order of batches."""
+    """The engine with our own order of batches, and AdamW as PyTorch and GFM-RAG have it."""
 
     loader: EpochLoader
 
     def get_train_dataloader(self) -> Any:
         return self.loader
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """All of them: transformers would leave out biases and norms, which v1's AdamW decays too."""
+        return [name for name, _ in model.named_parameters()]
 
 
 class _Best(TrainerCallback):
