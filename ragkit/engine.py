@@ -13,6 +13,7 @@ import dataclasses
 import logging
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -27,7 +28,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from ragkit.config import TrainConfig
 from ragkit.run_callback import NothingLeftError, RunCallback, ZeroGradientWarning
-from ragkit.runs import Run, RunError, checkpoint_step
+from ragkit.runs import Run, RunError, checkpoint_is_complete, checkpoint_step
 from ragkit.tables import html_table
 from ragkit.trained_part import TrainedPart, freeze, trainable_parameters
 
@@ -296,7 +297,7 @@ def run_training(trainer: RunTrainer, run: Run | None = None, resume: bool = Fal
         A `TrainResult`; `metrics.json` of the run holds its loss, steps and last evaluation.
 
     Raises:
-        RunError: `resume` is False, but the run has events already.
+        RunError: `resume` is False, but the run has events already; or a checkpoint cannot be written.
         NonFiniteLossError: The loss became nan or infinite.
     """
     run = trainer.run if run is None else run
@@ -324,9 +325,24 @@ def run_training(trainer: RunTrainer, run: Run | None = None, resume: bool = Fal
     except NothingLeftError:
         trainer.is_in_train = False
         logger.info("%s is at its last step already", run.dir)
+    except Exception as error:
+        half = run.checkpoints_dir / f"checkpoint-{trainer.state.global_step}"
+        if half.is_dir() and not checkpoint_is_complete(half):  # a full disk: each writer has errors of its own
+            raise RunError(_not_written(half, run.last_checkpoint(), error)) from error
+        raise
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
     return _result(trainer, run, time.monotonic() - begin)
+
+
+def _not_written(half: Path, last: Path | None, error: Exception) -> str:
+    """What to say of a checkpoint that could not be written to its end."""
+    whole = f"{last.name} is whole" if last is not None else "there is none before it"
+    free = shutil.disk_usage(half).free / 2**20
+    return (
+        f"{half} cannot be written: {error} ({free:,.0f} MiB are free on its disk). {whole}: make room, and resume "
+        "the run"
+    )
 
 
 def _result(trainer: RunTrainer, run: Run, seconds: float) -> TrainResult:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -129,7 +132,7 @@ def save_gfm(model: GraphModel, directory: str | Path, encoder: Any = None) -> P
         The folder.
 
     Raises:
-        CheckpointError: The folder holds other files.
+        CheckpointError: The folder holds other files, or cannot be written (a full disk).
     """
     model = _unwrapped(model)
     info = _info_of(encoder, model)
@@ -158,7 +161,7 @@ def export_v1(model: GraphModel, directory: str | Path, encoder: Any = None) -> 
         The folder.
 
     Raises:
-        CheckpointError: The folder holds other files.
+        CheckpointError: The folder holds other files, or cannot be written (a full disk).
     """
     model = _unwrapped(model)
     settings, retriever = model.settings, isinstance(model, GNNRetriever)
@@ -209,14 +212,20 @@ def _state(model: GraphModel) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
 
 
-def _folder(directory: str | Path) -> Any:
+@contextmanager
+def _folder(directory: str | Path) -> Iterator[Path]:
+    """An empty folder that takes the place of `directory` once all is written."""
     path = Path(directory).expanduser()
     others = sorted(file.name for file in path.iterdir() if file.name not in OURS) if path.is_dir() else []
     if others:
         raise CheckpointError(
             f"{path}: holds other files ({', '.join(others[:5])}), which would be lost; give a folder of its own"
         )
-    return atomic_dir(path)
+    try:
+        with atomic_dir(path) as folder:
+            yield folder
+    except (OSError, RuntimeError, SafetensorError) as error:  # safetensors and torch.save have errors of their own
+        raise CheckpointError(f"{path}: cannot be written: {error}; what was there before is whole") from error
 
 
 def _write_config(folder: Path, config: dict[str, Any]) -> None:

@@ -79,7 +79,7 @@ def config(root, **changes):
         "optimizer": {"lr": 0.01},
         "doc_ranker": {"name": "score_weighted_idf"},
         "task": {"ks": [1, 5]},
-        "train": {"batch_size": 4, "num_epoch": 3, "save_steps": 3, "watched_metric": "ent_mrr", "num_threads": 1},
+        "train": {"batch_size": 4, "num_epoch": 3, "watched_metric": "ent_mrr", "num_threads": 1},
         "device": "cpu",
         "output_dir": str(Path(root) / "runs"),
     }
@@ -99,7 +99,7 @@ def slow_down(trainer):
     make_batch = trainer.make_batch
 
     def slow(key):
-        time.sleep(0.1)
+        time.sleep(0.05)
         return make_batch(key)
 
     trainer.make_batch = slow
@@ -122,9 +122,52 @@ def wait_after_evaluation(number):
     training._Best.on_evaluate = waiting
 
 
+def train_without_room(settings, run, batch, largest):
+    """Trains until a file is larger than `largest` bytes, which from a batch on cannot be written, as on a full disk.
+
+    Returns:
+        The error, and what is in the run folder then.
+    """
+    import resource
+    import signal
+
+    from ragkit.gfm import load_gfm
+    from ragkit.gfm.training import best_of
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # an error to the writer instead of the end of the process
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    trainer = make(settings, run)
+    make_batch, count = trainer.make_batch, iter(range(1, 1000))
+
+    def limited(key):
+        if next(count) == batch:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest, before[1]))
+        return make_batch(key)
+
+    trainer.make_batch = limited
+    error = None
+    try:
+        trainer.train(resume=bool(run.events()))
+    except Exception as caught:
+        error = caught
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    return {
+        "kind": type(error).__name__,
+        "message": str(error),
+        "last": run.last_checkpoint().name,
+        "best": best_of(run),
+        "model": {name: tensor.tolist() for name, tensor in load_gfm(run.dir / "model").state_dict().items()},
+    }
+
+
 if __name__ == "__main__":
     run = Run.open(sys.argv[1])
-    trainer = make(GFMFinetuneConfig(**run.config()), run)
+    settings = GFMFinetuneConfig(**run.config())
+    if os.environ.get("NO_ROOM"):
+        for batch, largest in json.loads(os.environ["NO_ROOM"]):
+            print(json.dumps(train_without_room(settings, run, batch, largest)), flush=True)
+        sys.exit()
+    trainer = make(settings, run)
     slow_down(trainer)
     if os.environ.get("WAIT_AFTER_EVALUATION"):
         wait_after_evaluation(int(os.environ["WAIT_AFTER_EVALUATION"]))
