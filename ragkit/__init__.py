@@ -33,6 +33,10 @@ _HOME = {
     "KnowledgeGraph": "ragkit.graph.knowledge_graph",
     "GNNRetriever": "ragkit.gfm.model",
     "GFMRetriever": "ragkit.gfm.retriever",
+    "GFMFinetuneConfig": "ragkit.config",
+    "GFMFinetuneTrainer": "ragkit.gfm.finetune",
+    "GFMPretrainConfig": "ragkit.config",
+    "GFMPretrainTrainer": "ragkit.gfm.pretrain",
     "load_gfm": "ragkit.gfm.checkpoint",
     "evaluate": "ragkit.evaluation",
     "compare": "ragkit.evaluation",
@@ -40,10 +44,20 @@ _HOME = {
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
-    from ragkit.config import LSRConfig, RAGConfig, RALTConfig, TrainConfig, load_config
+    from ragkit.config import (
+        GFMFinetuneConfig,
+        GFMPretrainConfig,
+        LSRConfig,
+        RAGConfig,
+        RALTConfig,
+        TrainConfig,
+        load_config,
+    )
     from ragkit.evaluation import compare, evaluate
     from ragkit.gfm.checkpoint import load_gfm
+    from ragkit.gfm.finetune import GFMFinetuneTrainer
     from ragkit.gfm.model import GNNRetriever
+    from ragkit.gfm.pretrain import GFMPretrainTrainer
     from ragkit.gfm.retriever import GFMRetriever
     from ragkit.graph.knowledge_graph import KnowledgeGraph
     from ragkit.prompts import PromptTemplate

@@ -70,6 +70,7 @@ def evaluate_gfm_command(config: GFMEvaluateConfig, out: Out) -> int:
     from ragkit.gfm.checkpoint import load_gfm
     from ragkit.gfm.datasets import DatasetError, find_dataset, load_graphs, short_names
     from ragkit.gfm.evaluate import evaluate_rankers, named_ranker
+    from ragkit.gfm.linking import make_linker, relinked
     from ragkit.gfm.questions import QuestionSet
     from ragkit.gfm.text_encoder import open_encoder
     from ragkit.rag.loading import resolve_device
@@ -94,11 +95,15 @@ def evaluate_gfm_command(config: GFMEvaluateConfig, out: Out) -> int:
         whole = [i for i in range(len(questions)) if not questions.is_part[i]][: datasets.max_test]
         if not whole:
             raise DatasetError(f"{name}: all {len(questions)} questions are marked sub_question")
+        used = questions.subset(whole)
+        if datasets.link != "given":
+            linker = make_linker(datasets.link, graph, encoder, datasets.top_facts, datasets.cache)
+            used = relinked(used, linker)
         out(f"\n{short}: {_sizes(graph)}, {len(whole):,} questions")
         results = evaluate_rankers(
             model,
             graph,
-            questions.subset(whole),
+            used,
             {ranker: named_ranker(ranker, None) for ranker in config.rankers},
             ks=config.ks,
             batch_size=config.batch_size,

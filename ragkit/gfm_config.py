@@ -35,6 +35,12 @@ class GFMDatasets(Config):
     test_names: list[str] | None = setting(
         None, "Data sets scored before and after; null: those of train_names that have a test split; []: none."
     )
+    link: Literal["given", "names", "facts"] = setting(
+        "given",
+        "A question's entities: those of the data set, those that ragkit's linker finds in it, or these with the "
+        "entities of the facts nearest to it.",
+    )
+    top_facts: int = setting(3, "Facts for each question, with link=facts.", unit="facts", ge=1)
     train_split: str = setting("train", "File of a data set's training questions.", min_length=1)
     valid_split: str = setting("test", "File of the questions of valid_names.", min_length=1)
     test_split: str = setting("test", "File of the questions of test_names.", min_length=1)

@@ -24,6 +24,10 @@ from ragkit.gfm.weights_file import CheckpointError
 
 if TYPE_CHECKING:
     from ragkit.gfm.entity_search import EntitySearch
+    from ragkit.gfm.fact_search import FactLinker, FactSearch
+    from ragkit.gfm.finetune import GFMFinetuneTrainer
+    from ragkit.gfm.linking import make_linker, relinked
+    from ragkit.gfm.pretrain import GFMPretrainTrainer
     from ragkit.gfm.retriever import GFMRetriever
 
 __all__ = [
@@ -31,6 +35,10 @@ __all__ = [
     "CheckpointError",
     "EntitySearch",
     "Explanation",
+    "FactLinker",
+    "FactSearch",
+    "GFMFinetuneTrainer",
+    "GFMPretrainTrainer",
     "GFMRetriever",
     "GFMSettings",
     "GNNRetriever",
@@ -62,13 +70,24 @@ __all__ = [
     "link_prediction_loss",
     "listce_loss",
     "load_gfm",
+    "make_linker",
     "mean_metrics",
     "merge_shards",
+    "relinked",
     "retrieval_loss",
     "save_gfm",
 ]
 
-_LATER = {"GFMRetriever": "ragkit.gfm.retriever", "EntitySearch": "ragkit.gfm.entity_search"}  # import transformers
+_LATER = {  # these import transformers
+    "EntitySearch": "ragkit.gfm.entity_search",
+    "FactLinker": "ragkit.gfm.fact_search",
+    "FactSearch": "ragkit.gfm.fact_search",
+    "GFMFinetuneTrainer": "ragkit.gfm.finetune",
+    "GFMPretrainTrainer": "ragkit.gfm.pretrain",
+    "GFMRetriever": "ragkit.gfm.retriever",
+    "make_linker": "ragkit.gfm.linking",
+    "relinked": "ragkit.gfm.linking",
+}
 
 
 def __getattr__(name: str) -> Any:

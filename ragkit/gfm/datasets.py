@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ragkit.gfm.linking import make_linker, relinked
 from ragkit.gfm.questions import QuestionSet
 from ragkit.gfm.text_encoder import embed_relations
 from ragkit.gfm_config import GFMDatasets
@@ -131,6 +132,7 @@ def load_finetune_data(datasets: GFMDatasets, encoder: Any, seed: int, tests: bo
         GraphError: It has no graph.
     """
     graphs: dict[str, KnowledgeGraph] = {}  # by folder: one object, however often it is named
+    linkers: dict[str, Any] = {}
 
     def questions(names: Sequence[str], split: str, most: int | None, whole: bool) -> dict[str, GraphQuestions]:
         found = {}
@@ -142,7 +144,12 @@ def load_finetune_data(datasets: GFMDatasets, encoder: Any, seed: int, tests: bo
             places = [i for i in range(len(loaded)) if not (whole and loaded.is_part[i])]
             if not places:
                 raise DatasetError(f"{short}: all {len(loaded)} questions of {split} are marked sub_question")
-            found[short] = GraphQuestions(short, graph, loaded.subset(places[:most]))
+            used = loaded.subset(places[:most])
+            if datasets.link != "given":
+                if folder not in linkers:
+                    linkers[folder] = make_linker(datasets.link, graph, encoder, datasets.top_facts, datasets.cache)
+                used = relinked(used, linkers[folder])
+            found[short] = GraphQuestions(short, graph, used)
         return found
 
     train = questions(datasets.train_names, datasets.train_split, datasets.max_train, whole=False)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from ragkit.files import atomic_dir
 from ragkit.gfm.checkpoint import load_gfm, save_gfm
 from ragkit.gfm.entity_search import EntitySearch
+from ragkit.gfm.fact_search import FactLinker, FactSearch
 from ragkit.graph import KnowledgeGraph
 from ragkit.graph.link import EntityLinker
 from ragkit.rag.corpus import load_corpus
@@ -48,7 +49,7 @@ def write_retriever(retriever: Any, directory: str | Path) -> Path:
         save_gfm(retriever.model, folder / "model", encoder if named else None)
         retriever.graph.save(folder / "graph", format="v2")
         tensors = {"rel_emb": retriever.graph.rel_emb.detach().cpu().contiguous()}
-        search = getattr(retriever.linker, "nearest", None)
+        search = getattr(getattr(retriever.linker, "linker", retriever.linker), "nearest", None)
         if head["linker"] is not None and search is not None and search.ready:
             tensors["entity_embeddings"] = search.embeddings
         save_file(tensors, folder / "tensors.safetensors")
@@ -124,17 +125,22 @@ def read_retriever(
 
 
 def _linker_settings(linker: Any) -> dict[str, Any] | None:
-    """What makes an `EntityLinker` again; None for any other linker."""
+    """What makes an `EntityLinker` again, or a `FactLinker` over one; None for any other linker."""
+    if type(linker) is FactLinker:
+        inner = _linker_settings(linker.linker)
+        return None if inner is None else {**inner, "top_facts": linker.top_facts}
     if type(linker) is not EntityLinker or not (linker.nearest is None or isinstance(linker.nearest, EntitySearch)):
         return None
     settings = {name: getattr(linker, name) for name in LINKER}
     return {**settings, "stop_words": sorted(linker.stop_words), "embedding": linker.nearest is not None}
 
 
-def _make_linker(settings: dict[str, Any], graph: Any, encoder: Any, cache: Any, embeddings: Any) -> EntityLinker:
+def _make_linker(settings: dict[str, Any], graph: Any, encoder: Any, cache: Any, embeddings: Any) -> Any:
     settings = {**settings, "stop_words": frozenset(settings["stop_words"])}
+    top_facts = settings.pop("top_facts", None)
     search = EntitySearch(graph, encoder, cache, embeddings) if settings.pop("embedding") else None
-    return EntityLinker(graph, search, **settings)
+    linker = EntityLinker(graph, search, **settings)
+    return linker if top_facts is None else FactLinker(linker, FactSearch(graph, encoder, cache), top_facts)
 
 
 def _read_head(folder: Path) -> dict[str, Any]:

@@ -40,14 +40,15 @@ class LinkedEntity:
         name: Its name there.
         span: The words of the question that were linked to it (all of them for "fallback").
         how: "string": the span is the name, in normal form. "embedding": of all names, this one is nearest in meaning
-            to the span. "fallback": nothing was linked, and this name is near to the whole question.
+            to the span. "fallback": nothing was linked, and this name is near to the whole question. "fact": a fact
+            of the entity is near to the question (`ragkit.gfm.FactLinker`).
         score: 1 for "string", else the cosine.
     """
 
     id: int
     name: str
     span: str
-    how: Literal["string", "embedding", "fallback"]
+    how: Literal["string", "embedding", "fallback", "fact"]
     score: float
 
 
