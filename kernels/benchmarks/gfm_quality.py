@@ -6,8 +6,8 @@
 For each seed one model is trained on the train questions of all `--sets` together (`--apart`: one model for each set)
 with `GFMFinetuneTrainer`, that is what `python -m ragkit gfm-finetune` runs. Model selection (the epoch, the ranker,
 the weight of the fusion) uses a part of the train questions; the test questions are scored once, at the end. `ppr` is
-personalised PageRank from the question entities (damping 0.5, undirected, passages summed with 1/df), `dense` the
-MiniLM encoder; the hybrid adds the z-scores of the GFM's and the dense document scores.
+personalised PageRank from the same question entities as the GFM's (damping 0.5, undirected, passages summed with
+1/df), `dense` the MiniLM encoder; the hybrid is log(share of the GFM's score) + weight x cosine.
 
 Losses: "v1" 0.3 BCE + 0.7 ListCE on entities, "documents" ListCE on document scores, "both" their sum.
 """
@@ -39,7 +39,8 @@ from ragkit.rag.encoder import Encoder
 
 KS = (2, 5, 10)
 RANKER_NAMES = ("idf_topk", "score_weighted_idf")
-WEIGHTS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0)
+WEIGHTS = (1, 2, 4, 6, 8, 12, 16)  # of the cosine beside the logarithm of the GFM's share
+FLOOR = 1e-4
 LOSSES: dict[str, list[dict[str, Any]]] = {
     "v1": [{"name": "bce", "weight": 0.3}, {"name": "listce", "weight": 0.7}],
     "documents": [{"name": "listce", "weight": 1.0, "is_doc_loss": True}],
@@ -47,9 +48,9 @@ LOSSES: dict[str, list[dict[str, Any]]] = {
 LOSSES["both"] = LOSSES["v1"] + LOSSES["documents"]
 
 
-def z_scores(scores: np.ndarray) -> np.ndarray:
-    """Each row with mean 0 and standard deviation 1."""
-    return (scores - scores.mean(1, keepdims=True)) / (scores.std(1, keepdims=True) + 1e-9)
+def fused(graph: np.ndarray, cosines: np.ndarray, weight: float) -> np.ndarray:
+    """[Q, docs] log(share of the GFM's score + 1e-4) + weight x cosine: what `HybridRetriever` calls "loglinear"."""
+    return np.log(graph / np.maximum(graph.sum(1, keepdims=True), 1e-9) + FLOOR) + weight * cosines
 
 
 def page_rank(part: GraphQuestions, damping: float = 0.5, steps: int = 30) -> np.ndarray:
@@ -115,24 +116,32 @@ def result(part: GraphQuestions, scores: np.ndarray) -> EvaluationResult:
     return EvaluationResult(part.questions.ids, values)
 
 
-def choose(scores: dict[str, np.ndarray], part: GraphQuestions, other: np.ndarray) -> tuple[str, float]:
-    """(ranker, weight of the dense z-score) with the best recall@2 + recall@5 on the validation questions."""
+def choose(found: list[tuple[GraphQuestions, dict[str, np.ndarray], np.ndarray]]) -> tuple[str, float]:
+    """(ranker, weight of the cosine) with the best mean of recall@2 + recall@5 over the validation sets.
 
-    def value(s: np.ndarray) -> float:
-        r = result(part, s)
-        return r["recall@2"] + r["recall@5"]
+    Args:
+        found: For each set its questions, the GFM's scores by ranker, and the cosines.
+    """
 
-    ranker = max(RANKER_NAMES, key=lambda name: value(scores[name]))
-    alone = z_scores(scores[ranker])
-    weight = max(WEIGHTS, key=lambda w: value(alone + w * z_scores(other)))
-    return ranker, weight
+    def value(make: Any) -> float:
+        results = [result(part, make(scores, cosines)) for part, scores, cosines in found]
+        return float(np.mean([r["recall@2"] + r["recall@5"] for r in results]))
+
+    ranker = max(RANKER_NAMES, key=lambda name: value(lambda scores, _: scores[name]))
+    return ranker, max(WEIGHTS, key=lambda w: value(lambda scores, cosines: fused(scores[ranker], cosines, w)))
 
 
 def settings(args: argparse.Namespace, sets: Sequence[str], seed: int) -> GFMFinetuneConfig:
     """The run's settings, as the command would read them."""
     return GFMFinetuneConfig(
         seed=seed,
-        datasets={"root": args.root, "train_names": list(sets), "valid_share": args.valid_share},
+        datasets={
+            "root": args.root,
+            "train_names": list(sets),
+            "valid_share": args.valid_share,
+            "link": args.link,
+            "top_facts": args.top_facts,
+        },
         model={"entity_model": {"input_dim": args.dim, "hidden_dims": [args.dim] * args.layers}},
         task={"losses": LOSSES[args.losses], "ks": [1, 2, 5, 10]},
         doc_ranker={"name": "score_weighted_idf"},
@@ -166,17 +175,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--losses", choices=sorted(LOSSES), default="both")
     parser.add_argument("--checkpoint", default=None, help="weights to start from; {seed} stands for the seed")
     parser.add_argument("--valid-share", type=float, default=0.15)
+    parser.add_argument("--link", default="given", choices=["given", "names", "facts"], help="question entities")
+    parser.add_argument("--top-facts", type=int, default=3)
     parser.add_argument("--label", default=None, help="name of this setting in the table")
     parser.add_argument("--no-test", action="store_true", help="only the validation questions: for trying settings")
     parser.add_argument("--out", default="runs/quality")
     parser.add_argument("--csv", default=None)
     args = parser.parse_args(argv)
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    label = args.label or f"{args.layers}x{args.dim} {args.losses}"
+    label = args.label or f"{args.layers}x{args.dim} {args.losses} {args.link}"
     template = args.checkpoint
     rows: list[dict[str, Any]] = []
     values: dict[tuple[str, str, str], list[EvaluationResult]] = {}  # (set, split, method) -> one a seed
-    fixed: dict[tuple[str, str, str], np.ndarray] = {}
+    fixed: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # PageRank and cosines, which no seed changes
     for seed in args.seeds:
         args.checkpoint = template.format(seed=seed) if template else None
         for sets in [[name] for name in args.sets] if args.apart else [args.sets]:
@@ -189,35 +200,29 @@ def main(argv: list[str] | None = None) -> None:
             assert trainer.run is not None
             print(f"seed {seed}, {' '.join(sets)}: {outcome.steps} steps, {time.perf_counter() - begin:.0f} s, best "
                   f"{best_of(trainer.run)}", flush=True)  # fmt: skip
-            for name in data.train:
-                chosen = None
-                for split in ("valid", "test"):
-                    if split == "test" and args.no_test:
-                        continue
-                    part = getattr(data, split)[name]
-                    folder = str(Path(args.root) / name)
-                    for method, make in (
-                        ("ppr", lambda p=part: page_rank(p)),
-                        ("dense", lambda p=part, f=folder, e=encoder: dense(p, f, e.encoder, Path(args.out))),
-                    ):
-                        key = (name, split if split == "test" else f"valid{seed}", method)
-                        if key not in fixed:
-                            fixed[key] = make()
-                    other = fixed[(name, split if split == "test" else f"valid{seed}", "dense")]
-                    ppr = fixed[(name, split if split == "test" else f"valid{seed}", "ppr")]
-                    scores = gfm_scores(trainer.model, part, args.batch_size)
-                    if chosen is None:
-                        chosen = choose(scores, part, other)
-                        print(f"  {name}: chosen on {len(part.questions)} validation questions: {chosen}", flush=True)
-                    ranker, weight = chosen
+            chosen: tuple[str, float] | None = None
+            for split in ("valid",) if args.no_test else ("valid", "test"):
+                found = []
+                for name, part in getattr(data, split).items():
+                    key = f"{name}/{split}" if split == "test" else f"{name}/{split}{seed}"
+                    if key not in fixed:
+                        folder = str(Path(args.root) / name)
+                        fixed[key] = (page_rank(part), dense(part, folder, encoder.encoder, Path(args.out)))
+                    found.append((part, gfm_scores(trainer.model, part, args.batch_size), fixed[key][1]))
+                if chosen is None:
+                    chosen = choose(found)
+                    print(f"  chosen on the validation questions: {chosen}", flush=True)
+                ranker, weight = chosen
+                for part, scores, cosines in found:
+                    ppr = fixed[f"{part.name}/{split}" if split == "test" else f"{part.name}/{split}{seed}"][0]
                     methods = {f"gfm {r}": scores[r] for r in RANKER_NAMES} | {
                         "gfm": scores[ranker],
-                        "dense": other,
+                        "dense": cosines,
                         "ppr": ppr,
-                        "hybrid": z_scores(scores[ranker]) + weight * z_scores(other),
+                        "hybrid": fused(scores[ranker], cosines, weight),
                     }
                     for method, s in methods.items():
-                        values.setdefault((name, split, method), []).append(result(part, s))
+                        values.setdefault((part.name, split, method), []).append(result(part, s))
     for (name, split, method), results in values.items():
         seeds = results[:1] if method in ("ppr", "dense") and split == "test" else results
         row = {**where("cpu"), "setting": label, "set": name, "split": split, "method": method, "seeds": len(seeds)}

@@ -15,10 +15,12 @@ from ragkit.files import atomic_dir
 from ragkit.rag.corpus import RetrievedPassage
 from ragkit.rag.retriever import DenseRetriever, Retriever
 
-Method = Literal["rrf", "minmax", "zscore"]
-METHODS = ("rrf", "minmax", "zscore")
+Method = Literal["rrf", "minmax", "zscore", "loglinear"]
+METHODS = ("rrf", "minmax", "zscore", "loglinear")
+SHARE_FLOOR = 1e-4  # what a passage counts beside the shares of a retriever's scores
 FORMAT = 1
 HEAD = "hybrid.json"
+SETTINGS = ("method", "weights", "depth", "k", "missing", "logs")
 
 
 def reciprocal_ranks(ranks: Sequence[int | None], weights: Sequence[float], k: float = 60) -> float:
@@ -87,6 +89,52 @@ def fuse_scores(
     return total.masked_fill(~found.any(0), -torch.inf)
 
 
+def fuse_loglinear(scores: Tensor, weights: Sequence[float], logs: Sequence[bool]) -> Tensor:
+    """Log-linear fusion: the product of what the retrievers hold likely, each to the power of its weight.
+
+        Σ_m w_m · log(s_m / Σ s_m + 1e-4)   for scores that are sums of evidence (`logs`), as a GFM's,
+        Σ_m w_m · s_m                       for scores that are logarithms up to a factor, as a cosine (of which a
+                                            softmax is taken): a weight of 8 is a temperature of 1/8
+
+    A sum of evidence grows without bound on a few passages, so that neither its z-score nor its min-max leaves the
+    cosine a say among the others; its logarithm does.
+
+    Args:
+        scores: [M, B, C] scores of M retrievers for B questions and C passages, -inf where a passage was not found.
+        weights: M weights.
+        logs: M marks; True takes the logarithm of the share.
+
+    Returns:
+        [B, C] float64; -inf for passages that none found. A passage that one retriever did not find counts as its
+        lowest found one, or as a share of 0.
+
+    Raises:
+        ValueError: Sizes that differ, NaN or +inf, or a score below 0 where the logarithm is taken.
+    """
+    if scores.ndim != 3 or not len(weights) == len(logs) == len(scores):
+        raise ValueError(
+            f"expected scores [M, B, C], M weights and M marks, found {list(scores.shape)}, {len(weights)}, {len(logs)}"
+        )
+    if scores.isnan().any() or (scores == torch.inf).any():
+        raise ValueError("scores: NaN or infinity, which cannot be fused")
+    s = scores.double()
+    found = s != -torch.inf
+    total = s.new_zeros(s.shape[1:])
+    for one, there, weight, log in zip(s, found, weights, logs, strict=True):
+        if log:
+            if (one[there] < 0).any():
+                raise ValueError(
+                    f"a score of {float(one[there].min()):g} has no logarithm; set its mark in logs to False"
+                )
+            kept = one.masked_fill(~there, 0)
+            part = (kept / kept.sum(-1, keepdim=True).clamp(min=1e-300) + SHARE_FLOOR).log()
+        else:
+            lowest = one.masked_fill(~there, torch.inf).amin(-1, keepdim=True) if one.shape[-1] else one
+            part = torch.where(there, one, torch.where(lowest.isinf(), 0.0, lowest))
+        total = total + weight * part
+    return total.masked_fill(~found.any(0), -torch.inf)
+
+
 class UnknownRetriever(ValueError):
     """A saved retriever that ragkit.rag cannot load, because it does not know its class.
 
@@ -138,11 +186,13 @@ class HybridRetriever:
         retrievers: Two or more, of any kind.
         method: "rrf": reciprocal rank fusion, which needs no comparable scores (see `reciprocal_ranks`); "minmax" or
             "zscore": the weighted sum of scores that are normalised for each question and retriever over the
-            candidates (see `fuse_scores`).
+            candidates (see `fuse_scores`); "loglinear": the product of experts (see `fuse_loglinear`), the best found
+            for a GFM before a dense retriever, with weights (1, 8).
         weights: One for each retriever; None: 1 each.
         depth: Candidates that each retriever is asked for (at least `top_k`).
         k: The constant of reciprocal rank fusion.
         missing: With "minmax" and "zscore", what a passage counts that a retriever did not find; see `fuse_scores`.
+        logs: With "loglinear", of which retrievers the logarithm is taken; None: of the first alone.
 
     Example:
         >>> hybrid = HybridRetriever([gfm_retriever, dense_retriever])  # doctest: +SKIP
@@ -157,14 +207,20 @@ class HybridRetriever:
         depth: int = 100,
         k: float = 60,
         missing: Literal["lowest", "zero"] = "lowest",
+        logs: Sequence[bool] | None = None,
     ) -> None:
         self.retrievers = list(retrievers)
         self.weights = [1.0] * len(self.retrievers) if weights is None else [float(weight) for weight in weights]
         self.method, self.depth, self.k, self.missing = method, depth, k, missing
+        self.logs = (
+            [number == 0 for number in range(len(self.retrievers))] if logs is None else [bool(log) for log in logs]
+        )
         if len(self.retrievers) < 2:
             raise ValueError(f"retrievers: expected two or more, found {len(self.retrievers)}")
         if len(self.weights) != len(self.retrievers):
             raise ValueError(f"weights: found {len(self.weights)} for {len(self.retrievers)} retrievers")
+        if len(self.logs) != len(self.retrievers):
+            raise ValueError(f"logs: found {len(self.logs)} for {len(self.retrievers)} retrievers")
         if not all(math.isfinite(weight) and weight >= 0 for weight in self.weights) or not any(self.weights):
             raise ValueError(f"weights: expected numbers from 0, not all 0, found {self.weights}")
         if method not in METHODS:
@@ -224,7 +280,10 @@ class HybridRetriever:
             for number, row in enumerate(rows):
                 for passage in row:
                     scores[number, 0, place[passage.id]] = passage.score
-            fused = fuse_scores(scores, self.weights, self.method, self.missing)[0].tolist()
+            if self.method == "loglinear":
+                fused = fuse_loglinear(scores, self.weights, self.logs)[0].tolist()
+            else:
+                fused = fuse_scores(scores, self.weights, self.method, self.missing)[0].tolist()
         order = sorted(range(len(fused)), key=lambda column: -fused[column])  # stable
         listed = list(passages.values())
         return [RetrievedPassage.of(listed[column], fused[column]) for column in order]
@@ -243,7 +302,7 @@ class HybridRetriever:
                 retriever.save(folder / str(number))  # type: ignore[attr-defined]
             head = {
                 "format": FORMAT,
-                "settings": {name: getattr(self, name) for name in ("method", "weights", "depth", "k", "missing")},
+                "settings": {name: getattr(self, name) for name in SETTINGS},
                 "retrievers": [retriever_kind(retriever) for retriever in self.retrievers],
             }
             (folder / HEAD).write_text(json.dumps(head, indent=1) + "\n", encoding="utf-8")

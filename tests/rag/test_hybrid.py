@@ -89,7 +89,8 @@ def test_one_id_with_two_texts_is_an_error():
         ({"weights": [0, 0]}, "not all 0"),
         ({"weights": [-1, 2]}, "numbers from 0"),
         ({"weights": [math.nan, 2]}, "numbers from 0"),
-        ({"method": "rff"}, "expected one of rrf, minmax, zscore, found 'rff'"),
+        ({"logs": [True]}, "logs: found 1 for 2 retrievers"),
+        ({"method": "rff"}, "expected one of rrf, minmax, zscore, loglinear, found 'rff'"),
         ({"missing": "mean"}, '"lowest" or "zero"'),
         ({"depth": 0}, "depth from 1"),
         ({"k": -1}, "k from 0"),
@@ -142,6 +143,23 @@ def test_fused_scores_against_a_slow_reference(rankings, method, missing, data):
     found = fused([Lists(r) for r in rankings], method=method, missing=missing, weights=weights)
     assert found == pytest.approx(expected, abs=1e-12)
     assert list(found.values()) == sorted(found.values(), reverse=True)
+
+
+def test_log_linear_fusion_by_hand():
+    graph, dense = Lists({"x": 3.0, "y": 1.0, "z": 0.0}), Lists({"y": 0.9, "w": 0.5})
+    found = fused([graph, dense], method="loglinear", weights=[1, 8])
+    expected = {
+        "x": math.log(0.75 + 1e-4) + 8 * 0.5,  # not found by the second: its lowest
+        "y": math.log(0.25 + 1e-4) + 8 * 0.9,
+        "z": math.log(1e-4) + 8 * 0.5,
+        "w": math.log(1e-4) + 8 * 0.5,
+    }
+    assert found == pytest.approx(expected) and list(found) == ["y", "x", "z", "w"]
+    both = fused([graph, graph], method="loglinear", logs=[True, True])
+    assert both["x"] == pytest.approx(2 * math.log(0.75 + 1e-4))
+    assert fused([Lists({}), dense], method="loglinear")["y"] == pytest.approx(math.log(1e-4) + 0.9)
+    with pytest.raises(ValueError, match="-1 has no logarithm"):
+        fused([Lists({"x": -1.0}), dense], method="loglinear")
 
 
 def test_fuse_scores_on_matrices():
