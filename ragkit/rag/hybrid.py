@@ -113,7 +113,7 @@ def fuse_loglinear(scores: Tensor, weights: Sequence[float], logs: Sequence[bool
     """
     if scores.ndim != 3 or not len(weights) == len(logs) == len(scores):
         raise ValueError(
-            f"expected scores [M, B, C], M weights and M marks, found {list(scores.shape)}, {len(weights)}, {len(logs)}"
+            f"scores [M, B, C], M weights and M marks: found {list(scores.shape)}, {len(weights)}, {len(logs)}"
         )
     if scores.isnan().any() or (scores == torch.inf).any():
         raise ValueError("scores: NaN or infinity, which cannot be fused")
