@@ -56,7 +56,7 @@ ROOMS = [
     ["ragkit.config", "ragkit.gfm_config", "ragkit.settings", "ragkit.setting_types"],
     ["ragkit.runs", "ragkit.tables", "ragkit.threads"],
     ["ragkit.processes", "ragkit.trained_part", "ragkit.run_callback", "ragkit.engine"],
-    ["ragkit.prompts", "ragkit.metrics", "ragkit.evaluation", "ragkit.plots"],
+    ["ragkit.prompts", "ragkit.metrics", "ragkit.intervals", "ragkit.evaluation", "ragkit.plots"],
     ["ragkit.rag", "ragkit.graph"],
     ["ragkit.tuning", "ragkit.gfm"],
     [

@@ -27,13 +27,14 @@ import torch
 from measure import append_rows, show, where
 
 from ragkit.config import GFMFinetuneConfig
-from ragkit.evaluation import EvaluationResult, compare, interval, retrieval_values
+from ragkit.evaluation import EvaluationResult, compare, retrieval_values
 from ragkit.gfm.datasets import FinetuneData, GraphQuestions, load_finetune_data
 from ragkit.gfm.evaluate import scoring
 from ragkit.gfm.finetune import GFMFinetuneTrainer
 from ragkit.gfm.rankers import RANKERS, Incidence, entity_weights
 from ragkit.gfm.text_encoder import open_encoder
 from ragkit.gfm.training import best_of
+from ragkit.intervals import interval
 from ragkit.rag.corpus import load_corpus
 from ragkit.rag.encoder import Encoder
 
