@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from ragkit.gfm import GFMSettings, GNNRetriever, QueryGNN, entity_weights, export_v1, load_gfm, save_gfm
+from ragkit.gfm.batches import EpochBatches
 from ragkit.gfm.datasets import FinetuneData, GraphQuestions
 from ragkit.gfm.finetune import GFMFinetuneTrainer
 from ragkit.gfm.question_rows import QuestionReport
@@ -340,6 +341,40 @@ def test_losses_on_documents_train(root, terms):
     after = {name: score["ent_mrr"] for name, score in trainer.evaluate(trainer.data.train).items()}
     assert sum(found[-8:]) < 0.7 * sum(found[:8])
     assert all(after[name] > before[name] + 0.1 for name in before)
+
+
+@pytest.mark.parametrize("world", [2, 3, 7])
+def test_the_mean_over_processes_is_the_loss_of_one_with_the_whole_batch(root, world):
+    """7 processes: the batch of 4 leaves some with an example that counts for nothing."""
+    trainer = job.make(job.config(root, datasets={"max_train": 4, "valid_share": 0.0}))
+    module = trainer.loss_module()
+
+    def loss(key):
+        return module(**{name: value for name, value in trainer.make_batch(key).items() if name != "ids"})["loss"]
+
+    size = -(-4 // world)
+    whole = [keys[0] for keys in EpochBatches(trainer.sizes, size * world, 3)]
+    parts = zip(*(EpochBatches(trainer.sizes, size, 3, rank, world) for rank in range(world)), strict=True)
+    for key, ranks in zip(whole, parts, strict=True):
+        found = torch.stack([loss(keys[0]) for keys in ranks]).mean()
+        torch.testing.assert_close(found, loss(key))
+
+
+def test_question_entities_weigh_by_their_documents_if_asked(root):
+    path = root / "left" / "processed" / "stage1" / "document2entities.json"
+    lists = json.loads(path.read_text())
+    path.write_text(json.dumps({name: [*entities, "p1x0", "p1x11"] for name, entities in lists.items()}))
+    found = []
+    for on in (True, False):
+        trainer = job.make(job.config(root, datasets={"train_names": ["left"]}, train={"init_entities_weight": on}))
+        batch = trainer.make_batch(next(iter(trainer._order()))[0])
+        part = trainer.data.train["left"]
+        weight = 1 / torch.tensor(part.graph.document_frequency).float() if on else None
+        logits = trainer.loss_module()(**{k: v for k, v in batch.items() if k != "ids"})["logits"]
+        wanted = trainer.model(part.graph, batch["embeddings"], batch["question_entities"], weight)
+        torch.testing.assert_close(logits, wanted)
+        found.append(trainer.evaluate()["left"]["ent_mrr"])
+    assert found[0] != found[1]
 
 
 def test_recomputing_the_layers_gives_the_same_curve(root):
