@@ -47,6 +47,9 @@ class GFMDatasets(Config):
     max_train: int | None = setting(
         None, "Uses only the first so many training questions of a data set.", unit="questions", ge=1
     )
+    sub_questions: bool = setting(
+        True, "Trains on rows marked sub_question too (MuSiQue's single-hop parts); they are never scored."
+    )
     max_test: int | None = setting(
         None, "Uses only the first so many questions of a test set.", unit="questions", ge=1
     )

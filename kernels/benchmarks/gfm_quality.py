@@ -142,6 +142,7 @@ def settings(args: argparse.Namespace, sets: Sequence[str], seed: int) -> GFMFin
             "valid_share": args.valid_share,
             "link": args.link,
             "top_facts": args.top_facts,
+            "sub_questions": not args.whole,
         },
         model={"entity_model": {"input_dim": args.dim, "hidden_dims": [args.dim] * args.layers}},
         task={"losses": LOSSES[args.losses], "ks": [1, 2, 5, 10]},
@@ -178,6 +179,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--valid-share", type=float, default=0.15)
     parser.add_argument("--link", default="given", choices=["given", "names", "facts"], help="question entities")
     parser.add_argument("--top-facts", type=int, default=3)
+    parser.add_argument("--whole", action="store_true", help="train on whole questions only, not on their parts")
     parser.add_argument("--label", default=None, help="name of this setting in the table")
     parser.add_argument("--no-test", action="store_true", help="only the validation questions: for trying settings")
     parser.add_argument("--out", default="runs/quality")
@@ -231,7 +233,10 @@ def main(argv: list[str] | None = None) -> None:
         for metric in ("recall@2", "recall@5", "recall@10", "all@5"):
             means = [r[metric] for r in seeds]
             row[metric] = round(float(np.mean(means)), 4)
-            if split == "test" and metric in ("recall@2", "recall@5"):
+            if metric not in ("recall@2", "recall@5"):
+                continue
+            row[f"{metric} 95 %"] = row[f"{metric} seeds"] = ""
+            if split == "test":
                 pooled = np.mean([r.values[metric] for r in seeds], axis=0)  # each question's mean over the seeds
                 found = interval(pooled)
                 row[f"{metric} 95 %"] = f"{found.low:.3f}..{found.high:.3f}"

@@ -152,7 +152,8 @@ def load_finetune_data(datasets: GFMDatasets, encoder: Any, seed: int, tests: bo
             found[short] = GraphQuestions(short, graph, used)
         return found
 
-    train = questions(datasets.train_names, datasets.train_split, datasets.max_train, whole=False)
+    whole = not datasets.sub_questions
+    train = questions(datasets.train_names, datasets.train_split, datasets.max_train, whole)
     valid: dict[str, GraphQuestions] = {}
     if datasets.valid_names:
         valid = questions(datasets.valid_names, datasets.valid_split, None, whole=True)

@@ -69,7 +69,8 @@ def encoder_identity(encoder: TextEncoder) -> str:
     It is made of the weights, prompts and length limit of the encoder's `.model`; for an encoder without one, of what
     it makes of three texts, to four decimals.
     """
-    state = hashlib.blake2b(type(encoder).__name__.encode(), digest_size=16)
+    inner = encoder.encoder if isinstance(encoder, InstructedEncoder) else encoder  # without instructs it is the same
+    state = hashlib.blake2b(type(inner).__name__.encode(), digest_size=16)
     module = getattr(encoder, "model", encoder)
     if isinstance(module, nn.Module):
         from ragkit.rag.loading import digests  # imports transformers
