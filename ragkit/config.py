@@ -316,12 +316,15 @@ class QuickstartConfig(Config):
             ),
             doc_ranker=RankerConfig(name="score_weighted_idf"),
             optimizer=OptimizerConfig(lr=2e-3),
-            train=GFMTrainConfig(num_epoch=4),
+            train=GFMTrainConfig(batch_size=16, max_steps=160, eval_steps=20, eval_batch_size=64),
         ),
         "training of the graph retriever (its datasets, device and output_dir are not used)",
     )
     n_graph: int = setting(
-        400, "One-hop training questions of the graph retriever, beside all two-hop ones.", unit="questions", ge=2
+        0,
+        "One-hop training questions of the graph retriever beside all two-hop ones; they teach it to stop early.",
+        unit="questions",
+        ge=0,
     )
     n_train: int = setting(1000, "Training questions of both trainings.", unit="questions", ge=2)
     n_test: int = setting(300, "Held-out questions scored before and after.", unit="questions", ge=10)

@@ -47,7 +47,7 @@ class GraphStep:
 
 
 def load_graph_step(config: QuickstartConfig) -> GraphStep:
-    """Graph and questions: all two-hop training questions with `n_graph` one-hop ones; all two-hop test questions.
+    """Graph and questions: all two-hop training questions and `n_graph` one-hop ones; all two-hop test questions.
 
     No entity that a training question is about is in a test question.
     """

@@ -139,7 +139,7 @@ def test_the_whole_round_with_few_steps(tmp_path, tiny_lm, tokenizer, monkeypatc
         lsr={"train": {"max_steps": 3, "batch_size": 4}},
         ralt={"train": {"max_steps": 3, "batch_size": 4}},
         gfm={"train": {"max_steps": 3}},
-        n_graph=20,
+        n_graph=5,
         n_train=12,
         n_test=10,
         bootstrap=100,
