@@ -265,9 +265,9 @@ def main(argv: list[str] | None = None) -> None:
                     print(f"{name}, seed {args.seeds[seed]}: {second} - {first}: " + ", ".join(
                         f"{m} {change[m].mean:+.3f} [{change[m].low:+.3f}, {change[m].high:+.3f}]"
                         for m in ("recall@2", "recall@5")))  # fmt: skip
+    (Path(args.out) / f"{label.replace(' ', '-')}.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
     if args.csv:
         append_rows(args.csv, rows)
-    (Path(args.out) / f"{label.replace(' ', '-')}.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":
