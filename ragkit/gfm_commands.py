@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from ragkit import processes
@@ -13,10 +14,13 @@ from ragkit.resuming import settings_of_run
 from ragkit.runs import Run
 
 if TYPE_CHECKING:
+    from ragkit.evaluation import EvaluationResult
     from ragkit.gfm.training import GFMTraining
     from ragkit.graph import KnowledgeGraph
 
 DONE, INTERRUPTED = 0, 130
+# What the table after a training shows; all others (all@k, filtered hits@k) are in the run's evaluation.json.
+MAIN = ("doc_recall@", "doc_mrr", "ent_recall@", "ent_mrr", "mrr", "mr", "hits@")
 
 
 def set_threads(train: TrainConfig | Any) -> None:
@@ -49,7 +53,8 @@ def finetune_command(config: GFMFinetuneConfig, out: Out) -> int:
     if not data.valid:
         out("no validation questions: the last weights are kept, not the best")
     out(_parameters(trainer))
-    return _train(trainer, "gfm-finetune", resumed, out)
+    count = sum(len(part.questions) for part in data.test.values())
+    return _train(trainer, "gfm-finetune", resumed, f"{count:,} test questions" if count else "", out)
 
 
 def pretrain_command(config: GFMPretrainConfig, out: Out) -> int:
@@ -59,9 +64,14 @@ def pretrain_command(config: GFMPretrainConfig, out: Out) -> int:
     config, resumed = _begin(config, "gfm-pretrain", out)
     trainer = GFMPretrainTrainer(config, run=resumed)
     for name, part in trainer.data.items():
-        out(f"{name}: {_sizes(part.graph)}, {len(part.train):,} facts to learn from, {len(part.valid):,} held out")
+        # The graph is the one without the held-out triples.
+        held = f"{len(part.valid):,} more are held out to score" if len(part.valid) else "none is held out"
+        out(f"{name}: {_sizes(part.graph)}; {held}")
+    if not trainer.valid_names:
+        out("no held-out triples: nothing is scored, and the last weights are kept, not the best")
     out(_parameters(trainer))
-    return _train(trainer, "gfm-pretrain", resumed, out)
+    count = sum(len(part.valid) for part in trainer.data.values())
+    return _train(trainer, "gfm-pretrain", resumed, f"{count:,} held-out triples" if count else "", out)
 
 
 def evaluate_gfm_command(config: GFMEvaluateConfig, out: Out) -> int:
@@ -79,6 +89,12 @@ def evaluate_gfm_command(config: GFMEvaluateConfig, out: Out) -> int:
     if config.checkpoint is None:
         raise CommandError("checkpoint: there is none; write checkpoint=runs/NAME/model, or a hub repository")
     model = load_gfm(config.checkpoint, kind="retriever").to(resolve_device(config.device)).eval()
+    if getattr(model, "new_parameters", None):
+        raise CommandError(
+            f"checkpoint: {config.checkpoint} is pre-trained only, and has nothing yet that reads a question; "
+            f"fine-tune it first: python -m ragkit gfm-finetune train.checkpoint={config.checkpoint} "
+            "datasets.train_names=[...]"
+        )
     out(config.to_yaml())
     pick_threads()
     encoder = open_encoder(config.text_emb_model, config.device)
@@ -111,11 +127,11 @@ def evaluate_gfm_command(config: GFMEvaluateConfig, out: Out) -> int:
             bootstrap=config.bootstrap,
             seed=config.seed,
         )
-        first, *others = results.values()
-        if others:
-            out(f"{compare(first, *others, labels=list(results))}")
-        else:
-            out(f"{first}")
+        documents = [_part_of(result, "doc_") for result in results.values()]
+        out(f"{compare(*documents, labels=list(results)) if len(documents) > 1 else documents[0]}")
+        # No ranker changes the entities' scores: those of the first are those of all.
+        entities = _part_of(next(iter(results.values())), "ent_recall@", "ent_mrr", "ent_filtered")
+        out(f"\nentities, the same for every ranker\n{entities}")
         found[short] = {ranker: result.to_dict() for ranker, result in results.items()}
     if config.output is not None:
         out(f"\nscores of every question: {atomic_write_json(config.output, found)}")
@@ -133,12 +149,22 @@ def _begin(config: Any, command: str, out: Out) -> tuple[Any, Run | None]:
     return config, resumed
 
 
-def _train(trainer: GFMTraining[Any, Any], command: str, resumed: Run | None, out: Out) -> int:
-    """Scores, trains, scores again and says where everything is."""
+def _train(trainer: GFMTraining[Any, Any], command: str, resumed: Run | None, scored: str, out: Out) -> int:
+    """Scores, trains, scores again and says where everything is.
+
+    Args:
+        trainer: The training.
+        command: The command's name.
+        resumed: The run that is gone on with.
+        scored: What is scored before and after, in words; empty: nothing.
+        out: Takes the lines.
+    """
     from ragkit.evaluation import compare
     from ragkit.gfm.training import MODEL, best_of
 
     config = trainer.config
+    if scored:
+        out(f"scoring {scored} (before)")
     before = trainer.test()
     run = resumed or processes.shared_run(lambda: Run.create(config, config.output_dir, config.name))
     trainer.run = run
@@ -148,6 +174,8 @@ def _train(trainer: GFMTraining[Any, Any], command: str, resumed: Run | None, ou
     if result.stopped:
         out(f"stopped at step {result.steps}; go on with: python -m ragkit {command} resume={run.dir}")
         return INTERRUPTED if pressed else DONE
+    if scored:
+        out(f"scoring {scored} (after)")
     after = trainer.test()
     if not processes.is_first():
         return DONE
@@ -156,12 +184,16 @@ def _train(trainer: GFMTraining[Any, Any], command: str, resumed: Run | None, ou
     if best is not None:
         out(f"best {best['metric']} {best['value']:.4f} at step {best['step']}: these weights are kept")
     for name, scores in after.items():
-        out(f"\n{name}\n{compare(before[name], scores)}\n")
+        shown = [
+            _part_of(part, *MAIN, config.train.watched_metric.rpartition("/")[2]) for part in (before[name], scores)
+        ]
+        out(f"\n{name}\n{compare(*shown)}")
         for when, part in (("before", before[name]), ("after", scores)):
             run.write_metrics({f"{when}/{name}/{metric}": value.mean for metric, value in part.metrics.items()})
     if after:
         whole = {name: {"before": before[name].to_dict(), "after": after[name].to_dict()} for name in after}
-        atomic_write_json(run.dir / "evaluation.json", whole)
+        path = atomic_write_json(run.dir / "evaluation.json", whole)
+        out(f"\nall metrics, question by question: {path}")
     out(f"run folder: {run.dir}")
     saved = run.dir / MODEL
     if command == "gfm-pretrain":
@@ -169,6 +201,12 @@ def _train(trainer: GFMTraining[Any, Any], command: str, resumed: Run | None, ou
     else:
         out(f"use it:     python -m ragkit gfm-evaluate checkpoint={saved} datasets.test_names=[...]")
     return DONE
+
+
+def _part_of(result: EvaluationResult, *starts: str) -> EvaluationResult:
+    """The metrics of a result whose names begin with one of these."""
+    kept = {name: values for name, values in result.values.items() if name.startswith(starts)}
+    return dataclasses.replace(result, values=kept)
 
 
 def _sizes(graph: KnowledgeGraph) -> str:
