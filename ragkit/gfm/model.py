@@ -276,7 +276,13 @@ class QueryGNN(GraphModel):
         settings: Sizes and kinds.
     """
 
-    def forward(self, graph: Any, batch_htr: Tensor, remove_easy_edges: bool | None = None) -> Tensor:
+    def forward(
+        self,
+        graph: Any,
+        batch_htr: Tensor,
+        remove_easy_edges: bool | None = None,
+        hidden: Tensor | None = None,
+    ) -> Tensor:
         """Scores of the candidates.
 
         Args:
@@ -286,6 +292,8 @@ class QueryGNN(GraphModel):
                 (tail, inverse relation, ?).
             remove_easy_edges: Hides the edges that are candidates themselves, and their inverses, from the message
                 passing (GFM-RAG v1 always does); None: while training.
+            hidden: [B', K, 3] the triples that are hidden then, where they are not those of `batch_htr`: with several
+                processes those of all their batches, so that each walks the graph that one process would.
 
         Returns:
             [B, 1 + negatives] logits.
@@ -300,9 +308,10 @@ class QueryGNN(GraphModel):
         head, tail, rel = batch_htr.unbind(-1)  # [B, K] each
         edge_mask = None
         if self.training if remove_easy_edges is None else remove_easy_edges:
-            back = inverse(rel, view.num_relations)
+            h, t, r = (head, tail, rel) if hidden is None else hidden.to(self.device).unbind(-1)
+            back = inverse(r, view.num_relations)
             edge_mask = view.edges(self.device).mask_without(
-                torch.cat([head, tail]).flatten(), torch.cat([rel, back]).flatten(), torch.cat([tail, head]).flatten()
+                torch.cat([h, t]).flatten(), torch.cat([r, back]).flatten(), torch.cat([t, h]).flatten()
             )
         head, tail, rel = tail_form(head, tail, rel, view.num_relations)
         parts, query = self._walk(graph, view, head[:, 0], rel[:, 0], edge_mask)

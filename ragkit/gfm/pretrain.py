@@ -80,19 +80,22 @@ class TripleLoss(nn.Module):
         """The same under the name that transformers had for it before version 5."""
         self.model.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
 
-    def forward(self, dataset: str, triples: Tensor, share: float = 1.0) -> dict[str, Tensor]:
+    def forward(
+        self, dataset: str, triples: Tensor, share: float = 1.0, hidden: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """The loss of B facts with their negatives.
 
         Args:
             dataset: Whose graph.
             triples: [B, 1 + K, 3], as `corrupt` makes them.
             share: Factor of the loss (see `BatchKey`).
+            hidden: Triples whose edges are hidden; None: `triples`.
 
         Returns:
             {"loss": scalar, "scores": [B, 1 + K]}.
         """
         hide = self.training and self.task.remove_easy_edges
-        scores = self.model(self._graphs[dataset], triples, remove_easy_edges=hide)
+        scores = self.model(self._graphs[dataset], triples, hide, hidden)
         loss = link_prediction_loss(scores, self.task.adversarial_temperature)
         return {"loss": loss * share, "scores": scores}
 
@@ -171,7 +174,7 @@ class GFMPretrainTrainer(GFMTraining[QueryGNN, GFMPretrainConfig]):
         # The negatives of all processes are drawn, and then a part of them taken: they are those of one process.
         generator = torch.Generator().manual_seed(key.seed)
         rows = corrupt(part.train[key.places], part.facts, task.num_negative, task.strict_negative, generator)
-        return {"dataset": key.dataset, "triples": rows[key.mine], "share": key.share}
+        return {"dataset": key.dataset, "triples": rows[key.mine], "share": key.share, "hidden": rows}
 
     def validate(self, shard: tuple[int, int] = (0, 1)) -> dict[str, EvaluationResult]:
         return self.evaluate(shard=shard, bootstrap=100)

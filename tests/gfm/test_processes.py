@@ -41,8 +41,7 @@ def task(root, kind, name, batch_size, **more):
         data = {"valid_names": ["left", "right"], "valid_split": "dev", "test_names": ["left", "right"]}
         config = job.finetune_job.config(root / "questions", name=name, train=train, datasets=data)
     else:
-        # Each process hides the easy edges of its own rows, one process those of all: without that they are equal.
-        changes = {"max_valid": 5, "remove_easy_edges": False}
+        changes = {"max_valid": 5}
         config = job.pretrain_job.config(root / "facts", name=name, train=train, task=changes)
     return {"kind": kind, "name": name, "config": config.model_dump(mode="json"), **more}
 
