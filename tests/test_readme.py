@@ -32,8 +32,16 @@ def test_linked_files_exist():
 
 
 def test_settings_in_the_shell_examples_are_valid():
-    examples = re.findall(r"^python -m ragkit (\w+) +(.*)$", README, flags=re.MULTILINE)
-    assert {name for name, _ in examples} >= {"lsr", "ralt", "evaluate", "query"}
+    examples = re.findall(r"^python -m ragkit ([\w-]+) +(.*)$", README, flags=re.MULTILINE)
+    assert {name for name, _ in examples} >= {
+        "lsr",
+        "ralt",
+        "evaluate",
+        "query",
+        "gfm-pretrain",
+        "gfm-finetune",
+        "gfm-evaluate",
+    }
     for name, rest in examples:
         load_config(COMMANDS[name][0], None, re.findall(r"""[\w.]+=(?:"[^"]*"|\S+)""", rest))
 
@@ -46,7 +54,7 @@ def test_a_graph_foundation_model_on_your_graph(tmp_path):
     import ragkit
     from ragkit.gfm import GFMSettings, GNNRetriever, save_gfm
 
-    (code,) = [block for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if "load_gfm" in block]
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if "load_gfm(" in block]
     (tmp_path / "my_dataset").symlink_to(Path(ragkit.__file__).parent / "small_world" / "data")
     torch.manual_seed(0)
     model = GNNRetriever(GFMSettings(rel_emb_dim=384, input_dim=8, hidden_dims=[8, 8]))
@@ -57,6 +65,28 @@ def test_a_graph_foundation_model_on_your_graph(tmp_path):
     titles = json.loads(done.stdout.splitlines()[-1].replace("'", '"'))
     graph = ragkit.KnowledgeGraph.load("small_world")
     assert len(titles) == 2 and all(title in graph.documents for title in titles)
+
+
+@pytest.mark.slow
+def test_a_graph_model_is_trained_on_your_questions(tmp_path):
+    """The README's example as it stands, on the small world with few questions."""
+    import shutil
+
+    import ragkit
+
+    (code,) = [
+        block for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if "my_graph_data" in block
+    ]
+    folder = tmp_path / "my_graph_data"
+    shutil.copytree(Path(ragkit.__file__).parent / "small_world" / "data", folder)
+    for split in ("train", "test"):
+        path = folder / "processed" / "stage1" / f"{split}.json"
+        path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8"))[:60]), encoding="utf-8")
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "RAGKIT_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    assert "doc_recall@5" in done.stdout and "RetrievedPassage" in done.stdout and "leonhard euler" in done.stdout
+    assert (next((tmp_path / "runs").iterdir()) / "model" / "config.json").is_file()
 
 
 @pytest.mark.slow
