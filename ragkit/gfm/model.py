@@ -28,6 +28,7 @@ from ragkit.gfm.graph_view import GraphView, view_of
 from ragkit.gfm.masks import dense_mask
 from ragkit.gfm.relation_tables import KeptValue, KeptValues, RelationTables, compute_tables
 from ragkit.gfm.settings import GFMSettings
+from ragkit.gfm.triple_rows import check_triples, tail_form
 from ragkit.graph import GraphError
 
 
@@ -370,34 +371,3 @@ def paired_view(graph: Any) -> GraphView:
             f"{view.num_relations} relations: link prediction needs an inverse r + R/2 for each relation r"
         )
     return view
-
-
-def check_triples(batch: Tensor, N: int, R: int) -> None:
-    """Raises ValueError unless `batch` is [B, K, 3] integer (head, tail, relation) in range, one query to a row."""
-    if batch.ndim != 3 or batch.shape[-1] != 3 or batch.shape[1] < 1 or batch.is_floating_point():
-        raise ValueError(
-            f"batch_htr: expected integer [B, 1 + negatives, 3] (head, tail, relation), found {batch.dtype} "
-            f"{list(batch.shape)}"
-        )
-    for place, (name, limit) in enumerate((("head", N), ("tail", N), ("relation", R))):
-        ids = batch[..., place]
-        wrong = (ids < 0) | (ids >= limit)
-        if wrong.any():
-            row, column = wrong.nonzero()[0].tolist()
-            raise ValueError(f"batch_htr[{row}, {column}]: {name} {int(ids[row, column])} is not in 0 ... {limit - 1}")
-    same = (batch == batch[:, :1]).all(1)  # [B, 3]
-    wrong = ~(same[:, 2] & (same[:, 0] | same[:, 1]))
-    if wrong.any():
-        raise ValueError(
-            f"batch_htr, row {int(wrong.nonzero()[0])}: a row must have one relation, and one head or one tail"
-        )
-
-
-def tail_form(head: Tensor, tail: Tensor, rel: Tensor, R: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows [B, K] with other heads, turned into rows with other tails and the inverse relation."""
-    same_head = (head == head[:, :1]).all(1, keepdim=True)  # [B, 1]
-    return (
-        torch.where(same_head, head, tail),
-        torch.where(same_head, tail, head),
-        torch.where(same_head, rel, inverse(rel, R)),
-    )
