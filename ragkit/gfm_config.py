@@ -37,8 +37,8 @@ class GFMDatasets(Config):
     )
     link: Literal["given", "names", "facts"] = setting(
         "given",
-        "A question's entities: those of the data set, those that ragkit's linker finds in it, or these with the "
-        "entities of the facts nearest to it.",
+        "A question's entities: those of the data set, those that ragkit's linker finds in it (the data set's where "
+        "it finds none), or these with the entities of the facts nearest to it.",
     )
     top_facts: int = setting(3, "Facts for each question, with link=facts.", unit="facts", ge=1)
     train_split: str = setting("train", "File of a data set's training questions.", min_length=1)

@@ -174,7 +174,21 @@ def load_finetune_data(datasets: GFMDatasets, encoder: Any, seed: int, tests: bo
         if names is None:
             names = [name for name in datasets.train_names if has_split(name, datasets)]
         test = questions(names, datasets.test_split, datasets.max_test, whole=True)
+    _tell_shared("train", train, test)
+    _tell_shared("choose the best model", valid, test)
     return FinetuneData(train, valid, test)
+
+
+def _tell_shared(use: str, used: dict[str, GraphQuestions], test: dict[str, GraphQuestions]) -> None:
+    """Says of test questions that they are also used for something else, so that their scores are too good."""
+    for name, part in test.items():
+        theirs = {text for other in used.values() if other.graph is part.graph for text in other.questions.questions}
+        shared = sum(text in theirs for text in part.questions.questions)
+        if shared:
+            print(
+                f"{name}: {shared} of {len(part.questions)} test questions are also used to {use}, so their scores "
+                "are not those of a test; see datasets.valid_names, test_names and their splits"
+            )
 
 
 def has_split(name: str, datasets: GFMDatasets) -> bool:

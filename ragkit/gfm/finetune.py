@@ -13,7 +13,7 @@ from ragkit.gfm.batches import BatchKey
 from ragkit.gfm.checkpoint import load_gfm
 from ragkit.gfm.datasets import FinetuneData, GraphQuestions, load_finetune_data
 from ragkit.gfm.document_losses import document_scores, share_loss
-from ragkit.gfm.evaluate import evaluate_gfm
+from ragkit.gfm.evaluate import evaluate_gfm, named_ranker
 from ragkit.gfm.losses import bce_loss, listce_loss
 from ragkit.gfm.model import GNNRetriever
 from ragkit.gfm.rankers import Incidence, entity_weights
@@ -23,6 +23,7 @@ from ragkit.gfm_config import GFMFinetuneConfig, LossConfig
 from ragkit.graph import KnowledgeGraph
 from ragkit.processes import rank, world_size
 from ragkit.runs import Run
+from ragkit.settings import ConfigError
 
 KINDS = ("recall", "all", "filtered_hits")
 
@@ -151,6 +152,10 @@ class GFMFinetuneTrainer(GFMTraining[GNNRetriever, GFMFinetuneConfig]):
     ) -> None:
         config = config or GFMFinetuneConfig()
         super().__init__(config, encoder, run)
+        try:  # before anything is computed
+            named_ranker(config.doc_ranker.name, config.doc_ranker.top_k)
+        except ValueError as error:
+            raise ConfigError(f"doc_ranker.top_k: {error}") from error
         if model is None and config.train.checkpoint is not None:
             with torch.random.fork_rng(devices=[]):  # before the data: it may not be there
                 torch.manual_seed(config.seed)  # a pre-trained one has no question_mlp; the same new one everywhere

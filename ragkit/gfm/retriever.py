@@ -17,7 +17,7 @@ from ragkit.gfm.model import GNNRetriever
 from ragkit.gfm.passages import GraphPassages
 from ragkit.gfm.rankers import RANKERS, Incidence, entity_weights, rank
 from ragkit.gfm.retriever_folder import read_retriever, write_retriever
-from ragkit.gfm.text_encoder import embed_relations, encode
+from ragkit.gfm.text_encoder import InstructedEncoder, embed_relations, encode
 from ragkit.graph import GraphError, KnowledgeGraph
 from ragkit.graph.link import EntityLinker
 from ragkit.rag.corpus import RetrievedPassage
@@ -132,7 +132,8 @@ class GFMRetriever:
         Args:
             dataset: As in `KnowledgeGraph.load`.
             checkpoint: A folder or hub repository, as in `load_gfm`.
-            encoder: As in the constructor; None: the one that the checkpoint names, or else "default".
+            encoder: As in the constructor; None: the one that the checkpoint names, with the texts that it puts before
+                questions and relations, or else "default".
             device: Where model and encoder go.
             v1_names: As in `KnowledgeGraph.load`.
             **options: As in the constructor.
@@ -140,7 +141,9 @@ class GFMRetriever:
         resolved = resolve_device(device)
         model = load_gfm(checkpoint, kind="retriever", device=resolved)
         info = model.encoder_info or {}
+        instructs = ("", "")
         if encoder is None:
+            instructs = (info.get("query_instruct") or "", info.get("passage_instruct") or "")
             encoder = info.get("text_emb_model_name") or "default"
             if info.get("normalize") is False:
                 warnings.warn(
@@ -150,6 +153,8 @@ class GFMRetriever:
                 )
         if isinstance(encoder, (str, Path)):
             encoder = Encoder(encoder, device=resolved)
+            if any(instructs):
+                encoder = InstructedEncoder(encoder, *instructs)
         graph = KnowledgeGraph.load(dataset, v1_names=v1_names)
         return cls(model, graph, encoder, **options)  # type: ignore[arg-type]
 

@@ -27,7 +27,7 @@ from ragkit.gfm.shards import mean_metrics, merge_shards
 from ragkit.gfm.text_encoder import InstructedEncoder
 from ragkit.gfm_config import GFMRunConfig
 from ragkit.graph import KnowledgeGraph
-from ragkit.processes import is_first, rank, world_size
+from ragkit.processes import is_first, join, rank, shared_run, world_size
 from ragkit.rag.loading import resolve_device
 from ragkit.runs import Run, RunError
 from ragkit.settings import ConfigError
@@ -182,7 +182,7 @@ class GFMTraining(ABC, Generic[M, C]):
                 raise RunError("which run is to be resumed? give run=Run.open(...), or set name")
             self.run = Run.open(Path(config.output_dir) / config.name)
         elif not resume and (self.run is None or (self.trainer is not None and self.run.events())):
-            self.run = Run.create(config, config.output_dir, config.name)
+            self.run = shared_run(lambda: Run.create(config, config.output_dir, config.name))
         assert self.run is not None
         return self.run
 
@@ -235,8 +235,8 @@ class GFMTraining(ABC, Generic[M, C]):
             GraphError: The encoder gives another number of values than the model wants.
             ConfigError: `train.watched_metric` is of a data set that is not scored.
         """
-        if world_size() == 1:  # else the Trainer knows which device is this process's
-            self.model.to(resolve_device(self.config.device))
+        join(self.config.device)  # each of several processes gets its own GPU, which is "cuda" from then on
+        self.model.to(resolve_device(self.config.device))
         for graph in self.graphs.values():
             view_of(graph).check_rel_emb(graph.rel_emb, self.model.settings.rel_emb_dim)
         name, slash, _ = self.config.train.watched_metric.rpartition("/")

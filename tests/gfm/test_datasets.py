@@ -128,6 +128,16 @@ def test_named_validation_sets_are_taken_whole(root):
     assert load(root, valid_share=0).valid == {} and load(root, tests=False).test == {}
 
 
+def test_test_questions_that_train_or_choose_the_model_are_told(root, capsys):
+    load(root, train_names=["left", "right"])
+    load(root, valid_names=["right"], test_names=["left"])
+    assert "are not those of a test" not in capsys.readouterr().out
+    load(root, valid_names=["left"])
+    assert "left: 9 of 9 test questions are also used to choose the best model" in capsys.readouterr().out
+    load(root, valid_share=0, test_split="train")
+    assert "left: 22 of 22 test questions are also used to train" in capsys.readouterr().out
+
+
 def test_parts_of_questions_are_trained_on_but_not_scored(root):
     for split in ("train", "test"):
         rewrite(root, "left", split, lambda rows: [{**row, "sub_question": i % 3 == 0} for i, row in enumerate(rows)])

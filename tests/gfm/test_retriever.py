@@ -24,9 +24,11 @@ from ragkit.gfm import (
     save_gfm,
 )
 from ragkit.gfm.rankers import rank
+from ragkit.gfm.text_encoder import InstructedEncoder
 from ragkit.graph import GraphError, KnowledgeGraph
 from ragkit.graph.link import EntityLinker
 from ragkit.rag import Generator, HybridRetriever, Passage, RAGSystem, Retriever, TrainableRetriever
+from ragkit.rag.encoder import Encoder
 
 TEXTS = {
     "Peru": "Lima is the capital of Peru.",
@@ -505,6 +507,21 @@ def test_import_of_the_room_stays_light():
     code = "import sys, ragkit.gfm; print('transformers' in sys.modules, 'GFMRetriever' in dir(ragkit.gfm))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "False True", done.stderr  # it comes on first use
+
+
+@pytest.mark.slow
+def test_from_index_puts_the_checkpoints_texts_before_questions_and_relations(minilm, tmp_path):
+    model = GNNRetriever(GFMSettings(rel_emb_dim=384, input_dim=8, hidden_dims=[8]))
+    encoder = InstructedEncoder(Encoder("default", "cpu"), "Find facts for: ", "Relation: ")
+    save_gfm(model, tmp_path / "model", encoder.facts)
+    retriever = GFMRetriever.from_index("small_world", tmp_path / "model", device="cpu", cache=False)
+    expected = encoder.encode(retriever.graph.relation_texts, "passage")
+    torch.testing.assert_close(retriever.graph.rel_emb, expected.float(), atol=1e-5, rtol=0)
+    question = "Where do the managers of Zeiss sit?"
+    found = retriever.encoder.encode([question], "query")
+    torch.testing.assert_close(found, encoder.encode([question], "query"), atol=1e-5, rtol=0)
+    plain = GFMRetriever.from_index("small_world", tmp_path / "model", "default", device="cpu", cache=False)
+    assert (plain.encoder.encode([question], "query") - found).abs().max() > 1e-3
 
 
 @pytest.mark.slow
