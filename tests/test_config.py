@@ -9,7 +9,6 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from ragkit import config as settings
 from ragkit.config import (
     Config,
     ConfigError,
@@ -24,6 +23,7 @@ from ragkit.config import (
     help_text,
     load_config,
 )
+from ragkit.lsr_config import LSR_PRESETS
 from ragkit.setting_types import options_of, unit_of
 from ragkit.settings import nearest_key, walk
 
@@ -302,7 +302,7 @@ def test_a_preset_fills_only_what_the_user_left_alone():
 
 
 def test_every_preset_value_is_a_valid_setting():
-    for name, values in settings.LSR_PRESETS.items():
+    for name, values in LSR_PRESETS.items():
         config = LSRConfig(**values)
         assert all(getattr(LSRConfig(preset=name), key) == getattr(config, key) for key in values)
 

@@ -53,7 +53,15 @@ def test_public_names_resolve():
 ROOMS = [
     ["ragkit_kernels"],
     ["ragkit.optional", "ragkit.files", "ragkit.small_world"],
-    ["ragkit.config", "ragkit.gfm_config", "ragkit.settings", "ragkit.setting_types"],
+    [
+        "ragkit.setting_types",
+        "ragkit.settings",
+        "ragkit.base_config",
+        "ragkit.lsr_config",
+        "ragkit.ralt_config",
+        "ragkit.gfm_config",
+        "ragkit.config",
+    ],
     ["ragkit.runs", "ragkit.tables", "ragkit.threads"],
     ["ragkit.processes", "ragkit.trained_part", "ragkit.run_callback", "ragkit.engine"],
     ["ragkit.prompts", "ragkit.metrics", "ragkit.intervals", "ragkit.evaluation", "ragkit.plots"],

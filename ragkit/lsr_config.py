@@ -1,0 +1,70 @@
+"""The settings of LSR, the training of the retriever."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import model_validator
+
+from ragkit.base_config import DataConfig, RAGConfig, TrainConfig
+from ragkit.settings import Config, group, setting
+
+LSR_PRESETS: dict[str, dict[str, Any]] = {
+    # REPLUG LSR (Shi et al. 2023, arXiv:2301.12652): both temperatures 0.1, KL from the retriever to the LM. The paper
+    # divides the probability itself; here it is the mean log-prob, which does not underflow on long answers.
+    "replug": {"gamma": 0.1, "beta": 0.1, "score": "mean_logprob", "direction": "KL(P_R||Q_LM)"},
+    # RA-DIT (Lin et al. 2023, arXiv:2310.01352): sharp target (0.01), only the query encoder is trained. Its dot
+    # products are not normalised (no gamma); ours are cosines, which need one to leave the flat part of the softmax.
+    "ra_dit": {
+        "gamma": 0.05,
+        "beta": 0.01,
+        "score": "mean_logprob",
+        "direction": "KL(P_R||Q_LM)",
+        "train_part": "query",
+    },
+}
+
+
+class LSRConfig(Config):
+    """Fine-tunes the retriever from the language model's own scores of the passages (LSR)."""
+
+    preset: Literal["replug", "ra_dit"] | None = setting(
+        None, "Values of a paper for the settings that you leave alone; null: ragkit's defaults."
+    )
+    data: DataConfig = group(DataConfig(), "passages and questions")
+    rag: RAGConfig = group(RAGConfig(), "the RAG system whose retriever is trained")
+    system: str | None = setting(
+        None, "Folder of a saved RAG system to go on from; null: a new one, built from data and rag."
+    )
+    train: TrainConfig = group(TrainConfig(learning_rate=2e-5, batch_size=16), "batches, optimizer, checkpoints")
+    top_k: int = setting(8, "Passages scored for each question while training (K).", unit="passages", ge=2)
+    gamma: float = setting(
+        0.05, "Temperature of the retriever: P_R = softmax(similarity / gamma).", unit="similarity", gt=0, le=100
+    )
+    beta: float = setting(1.0, "Temperature of the LM: Q_LM = softmax(score / beta).", unit="nats", gt=0, le=1000)
+    direction: Literal["KL(P_R||Q_LM)", "KL(Q_LM||P_R)"] = setting(
+        "KL(P_R||Q_LM)", "Which divergence is made small; the first is the papers'."
+    )
+    score: Literal["mean_logprob", "logprob"] = setting(
+        "mean_logprob", "LM score of a passage: log-prob of the answer per token, or in sum."
+    )
+    prompt: str = setting("plain", "Template that holds question and ONE passage when the LM scores it.", min_length=1)
+    include_eos: bool = setting(True, "Counts the end-of-text token as part of the answer when scoring.")
+    train_part: Literal["query", "both"] = setting(
+        "query", "Encoder that learns: the query side only (the index stays valid), or both (re-indexed at the end)."
+    )
+    freeze_embeddings: bool = setting(True, "Leaves the encoder's word embeddings as they are.")
+    score_batch_size: int = setting(
+        64, "Pairs of question and passage that the LM scores at once.", unit="pairs", ge=1
+    )
+    output_dir: str = setting("runs", "Folder that holds the run folders.", min_length=1)
+    name: str | None = setting(None, "Name of the run folder; null: command and time.")
+    resume: str | None = setting(None, "Run folder to go on with; its settings are taken from its config.yaml.")
+
+    @model_validator(mode="after")
+    def _fill_preset(self) -> LSRConfig:
+        """A preset fills only what the user did not set."""
+        for name, value in LSR_PRESETS.get(self.preset or "", {}).items():
+            if name not in self.model_fields_set:
+                self.__dict__[name] = value  # an assignment would run this validator again, without end
+        return self
