@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+if "PYTEST_XDIST_WORKER" in os.environ:  # one process a core already: more threads would only be in each other's way
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
@@ -13,6 +15,25 @@ from hypothesis import settings  # noqa: E402
 # pytest --hypothesis-profile=default
 settings.register_profile("ragkit", derandomize=True, deadline=None)
 settings.load_profile("ragkit")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """`pytest -n auto --dist loadgroup`: a file stays in one process, with its fixtures; each notebook is alone.
+
+    What takes longest comes first, so that the processes end together.
+    """
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    for item in items:
+        alone = item.path.name == "test_notebooks.py"
+        item.add_marker(
+            pytest.mark.xdist_group(item.nodeid if alone else str(item.path.relative_to(item.config.rootpath)))
+        )
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
+LONGEST = ("test_notebooks.py", "test_proof.py", "test_quickstart.py", "test_commands.py", "test_gfm_commands.py")
 
 TEXTS = [
     "Passage: Lima is the capital of Peru.\nQuestion: What is the capital of Peru?\nAnswer: Lima",
