@@ -22,6 +22,7 @@ from ragkit.config import LSRConfig
 from ragkit.files import atomic_dir, atomic_write_json
 from ragkit.rag.loading import digests
 from ragkit.tuning.qa_data import DataError, QAExample
+from ragkit.tuning.scoring import score_passages
 
 # (example, its retrieved passages) -> one score in nats per passage, higher where the passage helps more
 TeacherFunction = Callable[[QAExample, Sequence[Any]], Sequence[float]]
@@ -92,34 +93,6 @@ def build_rows(
         rounded = torch.tensor(values, dtype=torch.float32).tolist()
         rows.append(LSRRow(example.id, example.question, tuple(p.id for p in found), tuple(rounded)))
     return (shuffle_scores(rows, config.train.seed) if teacher == "shuffled" else rows), left_out
-
-
-def score_passages(
-    generator: Any, pairs: Sequence[tuple[QAExample, Sequence[Any]]], config: LSRConfig
-) -> list[list[float]]:
-    """log p_LM(response | question, passage) for each passage alone: a prompt holds one passage.
-
-    Args:
-        generator: A `Generator`; its weights are not changed and get no gradient.
-        pairs: N questions, each with its candidate passages.
-        config: prompt, include_eos, score_batch_size and score are read.
-
-    Returns:
-        N lists with one score in nats per passage: the sum over the response's tokens ("logprob"), or their mean.
-    """
-    prompts, responses, owners = [], [], []
-    for number, (example, found) in enumerate(pairs):
-        response = generator.encode_response(example.answer, eos=config.include_eos, template=config.prompt)
-        for passage in found:
-            # The response's room is set aside first: a long passage is cut, never what is scored.
-            prompts.append(generator.encode_prompt(config.prompt, example.question, [passage], reserve=len(response)))
-            responses.append(response)
-            owners.append(number)
-    sums = generator.sequence_logprob(prompts, responses, batch_size=config.score_batch_size).tolist()
-    scores: list[list[float]] = [[] for _ in pairs]
-    for owner, value, response in zip(owners, sums, responses, strict=True):
-        scores[owner].append(value / len(response) if config.score == "mean_logprob" else value)
-    return scores
 
 
 def shuffle_scores(rows: Sequence[LSRRow], seed: int) -> list[LSRRow]:

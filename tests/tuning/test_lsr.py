@@ -13,7 +13,8 @@ from ragkit.config import ConfigError, LSRConfig
 from ragkit.runs import Run
 from ragkit.tuning.lsr import LSRModel, LSRTrainer, collate
 from ragkit.tuning.qa_data import DataError
-from ragkit.tuning.teacher import LSRRow, score_passages, shuffle_scores
+from ragkit.tuning.scoring import score_passages
+from ragkit.tuning.teacher import LSRRow, shuffle_scores
 
 
 @pytest.fixture
