@@ -9,23 +9,16 @@ NaN first (`torch.use_deterministic_algorithms`), so that an element which is ne
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import case_tools
 import torch
+from case_tools import DTYPES, Result, compare, copy_to
 from ragkit_kernels.relational_conv import build_layout, reference
 from ragkit_kernels.relational_conv.layout import GraphLayout
 from relconv_graphs import GRAPHS, Edges
 from torch import Tensor
-
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-"""RMS of the error over the RMS of the result; twice that for gradients."""
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -99,51 +92,6 @@ CASES = [
     Case("unused relation ids", 1, 31, "transe", "max", "bf16", boundary="dense"),
     Case("unused relation ids", 2, 31, "distmult", "pna", "bf16", weight=True),
 ]
-
-
-@dataclass(frozen=True)
-class Result:
-    """One tensor of the backend against float64, and against PyTorch in the same dtype.
-
-    Attributes:
-        error: RMS of (ours - float64) over the RMS of float64; infinite if ours has a NaN.
-        torch_error: The same for PyTorch in the dtype of the case.
-        limit: What `error` may be.
-    """
-
-    name: str
-    error: float
-    torch_error: float
-    limit: float
-    slack: float
-
-    def ok(self) -> bool:
-        return self.error <= self.limit and self.error <= self.slack * self.torch_error + 2e-6
-
-
-def compare(name: str, ours: Tensor, exact: Tensor, same: Tensor, dtype: torch.dtype, gradient: bool) -> Result:
-    """`exact` in float64; `same` computed by PyTorch from inputs of the case's dtype, rounded to that of `ours`."""
-    assert ours.shape == exact.shape, f"{name}: {list(ours.shape)}, expected {list(exact.shape)}"
-    truncates = dtype == torch.bfloat16 and not ours.is_cuda  # the interpreter cuts off what bfloat16 cannot hold
-    exact = exact.detach()
-    ours, same = ours.detach().cpu().double(), same.detach().to(ours.dtype).double()
-    scale = float(exact.pow(2).mean().sqrt()) if exact.numel() else 0.0
-
-    def error(value: Tensor) -> float:
-        if value.isnan().any():
-            return float("inf")
-        rms = float((value - exact).pow(2).mean().sqrt()) if exact.numel() else 0.0
-        return rms / scale if scale else rms
-
-    limit = TOLERANCE[dtype] * (2 if gradient else 1)
-    return Result(name, error(ours), error(same), limit, slack=2.5 if truncates else 1.1)
-
-
-def fill_new_memory() -> None:
-    """From here on, `torch.empty` gives NaN, or the largest integer."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what this mode wants of matrix products on a GPU
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(3).isnan().all() and torch.zeros(1).new_empty(3).isnan().all()
 
 
 def graph_of(case: Case) -> GraphLayout:
@@ -251,15 +199,6 @@ def conv_results(case: Case, device: str) -> Iterator[Result]:
     dweight = backend.conv_backward_weight(*arguments, keep, *tail)
     assert dweight.dtype == torch.float32
     yield compare("dweight", dweight, wanted[2], rough[2], torch.float32, gradient=True)
-
-
-def copy_to(t: Tensor, device: str) -> Tensor:
-    """On another device with the same strides; itself on the CPU."""
-    if device == "cpu":
-        return t
-    extent = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
-    flat = t.as_strided((extent,), (1,)).to(device)
-    return flat.as_strided(t.shape, t.stride())
 
 
 def passed_back(case: Case, i: Inputs, grad: Tensor, base: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -465,15 +404,5 @@ def all_checks() -> dict[str, tuple]:
     return checks | {"far-" + "-".join(case): (far_results, case) for case in FAR}
 
 
-def main() -> None:
-    fill_new_memory()
-    part, parts = (int(a) for a in sys.argv[1:3]) if len(sys.argv) > 2 else (0, 1)
-    for name in list(all_checks())[part::parts]:
-        function, case = all_checks()[name]
-        start = time.perf_counter()
-        found = [{**vars(r), "ok": r.ok()} for r in function(case, "cpu")]
-        print(json.dumps({"check": name, "seconds": time.perf_counter() - start, "results": found}), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    case_tools.main(all_checks())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import relconv_cases
 import torch
+from case_tools import DTYPES, TOLERANCE, fill_new_memory
 from ragkit_kernels.relational_conv import (
     build_layout,
     norm_relu_residual,
@@ -14,7 +15,6 @@ from ragkit_kernels.relational_conv import (
     relational_step,
     relu_dot,
 )
-from relconv_cases import DTYPES, TOLERANCE
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,7 +24,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def new_memory_is_nan():
-    relconv_cases.fill_new_memory()
+    fill_new_memory()
     yield
     torch.use_deterministic_algorithms(False)
 

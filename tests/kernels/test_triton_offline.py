@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
 
 import pytest
 
@@ -19,40 +18,19 @@ import triton.language as tl  # noqa: E402
 from ragkit_kernels.relational_conv.triton_backend import tile_of  # noqa: E402
 from ragkit_kernels.relational_conv.triton_shipped import shipped_launches  # noqa: E402
 from ragkit_kernels.triton_tools import Launch, recording  # noqa: E402
-from triton_tools import DTYPES, SHARED_MEMORY, Compiled, Config, compile_all, compile_one  # noqa: E402
-
-STORAGE = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-COLUMNS = [(arch, name) for arch in DTYPES for name in DTYPES[arch]]
+from triton_tools import COLUMNS, SHARED_MEMORY, Compiled, Config, compile_one, compile_shipped, faults, table  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def compiled() -> list[Compiled]:
-    configs = {
-        name: list(dict.fromkeys(Config.of(launch, name) for launch in shipped_launches(dtype)))
-        for name, dtype in STORAGE.items()
-    }
-    jobs = [(config, arch) for arch, name in COLUMNS for config in configs[name]]
-    return compile_all(jobs, processes=os.cpu_count() or 1)
-
-
-def table(compiled: list[Compiled]) -> str:
-    """A line per configuration: registers (and spilled bytes) of each architecture and storage, most shared memory."""
-    lines = ["registers/spills: " + " ".join(f"sm_{arch}:{name}" for arch, name in COLUMNS) + "  KiB  configuration"]
-    for label in dict.fromkeys(c.label for c in compiled):
-        row = {(c.arch, c.storage): c for c in compiled if c.label == label}
-        cells = [f"{row[k].registers}/{row[k].spilled}" if k in row else "-" for k in COLUMNS]
-        shared = max(c.shared for c in row.values()) / 1024
-        lines.append(" ".join(f"{cell:>6}" for cell in cells) + f" {shared:5.1f}  {label}")
-    return "\n".join(lines)
+    return compile_shipped(shipped_launches)
 
 
 @pytest.mark.slow
 def test_every_shipped_configuration(compiled, capsys):
     with capsys.disabled():
         print("\n" + table(compiled))
-        print(f"{len(compiled)} compiled in {sum(c.seconds for c in compiled):.0f} s of all processes")
-    faults = [f"{c.label} for sm_{c.arch} {c.storage}: {', '.join(c.faults())}" for c in compiled if c.faults()]
-    assert not faults, "\n".join(faults)
+    assert not faults(compiled), "\n".join(faults(compiled))
     assert {(c.arch, c.storage) for c in compiled} == set(COLUMNS)
     gathers = [c for c in compiled if c.label.split()[0] in ("gather", "select", "weight")]
     assert gathers and all(c.copies_async == (c.arch >= 80) for c in gathers)

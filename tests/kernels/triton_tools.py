@@ -1,6 +1,7 @@
-"""Compiles recorded launches of Triton kernels without a GPU and reads what the assembler made of them.
+"""The checks of Triton kernels that need no GPU: for what is launched through `ragkit_kernels.triton_tools.launch`.
 
-For any backend that launches through `ragkit_kernels.triton_tools.launch`: record its launches, then `compile_all`.
+`compile_shipped` compiles what a backend launches and reads what the assembler made of it (`table` shows it);
+`interpreted` runs a cases file (see case_tools.py) in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -8,14 +9,20 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import json
+import os
 import re
+import subprocess
+import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from ragkit_kernels.triton_tools import Launch
 from triton import knobs
@@ -27,6 +34,9 @@ SHARED_MEMORY = {75: 64 << 10, 80: 163 << 10, 90: 227 << 10}
 
 DTYPES = {75: ("fp16", "fp32"), 80: ("fp16", "bf16", "fp32"), 90: ("fp16", "bf16", "fp32")}
 """Storage that each architecture is used with (the T4 has no bfloat16)."""
+
+STORAGE = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+COLUMNS = [(arch, name) for arch in DTYPES for name in DTYPES[arch]]
 
 
 @dataclass(frozen=True)
@@ -134,3 +144,63 @@ def compile_all(jobs: Iterable[tuple[Config, int]], processes: int = 2) -> list[
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         futures = [pool.submit(compile_one, config, arch) for config, arch in jobs]
         return [future.result() for future in futures]
+
+
+def compile_shipped(
+    launches: Callable[[torch.dtype], Sequence[Launch]], columns: Sequence[tuple[int, str]] = COLUMNS
+) -> list[Compiled]:
+    """Compiles every form that a backend ships, once for each (architecture, storage) of `columns`.
+
+    Args:
+        launches: What the backend launches for tensors of one dtype, recorded.
+        columns: Pairs such as (80, "bf16"); a backend that needs sm_80 leaves the earlier ones out.
+    """
+    names = dict.fromkeys(name for _, name in columns)
+    configs = {n: list(dict.fromkeys(Config.of(launch, n) for launch in launches(STORAGE[n]))) for n in names}
+    jobs = [(config, arch) for arch, name in columns for config in configs[name]]
+    return compile_all(jobs, processes=os.cpu_count() or 1)
+
+
+def faults(compiled: Iterable[Compiled]) -> list[str]:
+    """A line for each compiled form that has what a shipped kernel must not have."""
+    return [f"{c.label} for sm_{c.arch} {c.storage}: {', '.join(c.faults())}" for c in compiled if c.faults()]
+
+
+def table(compiled: Sequence[Compiled], columns: Sequence[tuple[int, str]] = COLUMNS) -> str:
+    """A line per configuration: registers (and spilled bytes) of each architecture and storage, most shared memory."""
+    lines = ["registers/spills: " + " ".join(f"sm_{arch}:{name}" for arch, name in columns) + "  KiB  configuration"]
+    for label in dict.fromkeys(c.label for c in compiled):
+        row = {(c.arch, c.storage): c for c in compiled if c.label == label}
+        cells = [f"{row[k].registers}/{row[k].spilled}" if k in row else "-" for k in columns]
+        shared = max(c.shared for c in row.values()) / 1024
+        lines.append(" ".join(f"{cell:>6}" for cell in cells) + f" {shared:5.1f}  {label}")
+    lines.append(f"{len(compiled)} compiled in {sum(c.seconds for c in compiled):.0f} s of all processes")
+    return "\n".join(lines)
+
+
+def interpreted(cases_file: str | Path, parts: int = 2, timeout: float = 1200) -> dict[str, dict[str, Any]]:
+    """Runs a cases file (see case_tools.py) in Triton's interpreter: {check: {"seconds", "results"}}.
+
+    In processes of their own, since the interpreter must be chosen before the kernels are imported.
+
+    Args:
+        cases_file: Prints a JSON line per check and takes `part parts` as its arguments.
+        parts: Processes that share the checks.
+        timeout: Seconds until a process counts as hanging.
+    """
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(cases_file)]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    jobs = [subprocess.Popen([*command, str(n), str(parts)], env=environment, **pipes) for n in range(parts)]
+    found = {}
+    try:
+        for process in jobs:
+            out, errors = process.communicate(timeout=timeout)
+            lines = out.splitlines()
+            done = lines[-1][:200] if lines else "nothing"  # a segmentation fault (-11) is an address out of bounds
+            assert process.returncode == 0, f"exit code {process.returncode} after {done}\n{errors[-4000:]}"
+            found |= {line["check"]: line for line in map(json.loads, lines)}
+    finally:
+        for process in jobs:
+            process.kill()
+    return found
