@@ -227,25 +227,30 @@ class Generator:
             ids[row, width - len(prompt) :] = torch.tensor(prompt)
             mask[row, width - len(prompt) :] = 1
         model, own = self.core, self.core.generation_config
-        assert own is not None
-        ends = {self.eos_id} | set(own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id])
         # `generate` fills what a given configuration leaves open from the model's own (temperature, penalties, ...),
         # so the model's own is put aside for the call.
-        model.generation_config = GenerationConfig(
+        model.generation_config = self._decoding(limit)
+        try:
+            with torch.no_grad(), evaluating(model), quiet():
+                out = model.generate(  # type: ignore[operator]
+                    input_ids=ids.to(self.device), attention_mask=mask.to(self.device), tokenizer=self.tokenizer
+                )
+        finally:
+            model.generation_config = own
+        return out[:, width:].cpu()  # [B, new tokens]
+
+    def _decoding(self, limit: int) -> GenerationConfig:
+        """How answers are found: greedily, to an end token or `limit` tokens. A subclass may sample."""
+        own = self.core.generation_config
+        assert own is not None
+        ends = {self.eos_id} | set(own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id])
+        return GenerationConfig(
             do_sample=False,
             num_beams=1,
             max_new_tokens=limit,
             pad_token_id=self.pad_id,
             eos_token_id=sorted(end for end in ends if end is not None) or None,
         )
-        try:
-            with torch.no_grad(), evaluating(model), quiet():
-                out = model.generate(  # type: ignore[operator]
-                    input_ids=ids.to(self.device), attention_mask=mask.to(self.device)
-                )
-        finally:
-            model.generation_config = own
-        return out[:, width:].cpu()  # [B, new tokens]
 
     def sequence_logprob(
         self, prompt_ids: Sequence[Sequence[int]], response_ids: Sequence[Sequence[int]], batch_size: int | None = None
