@@ -22,14 +22,18 @@ LSR_PRESETS: dict[str, dict[str, Any]] = {
         "direction": "KL(P_R||Q_LM)",
         "train_part": "query",
     },
+    # FedRAG (VectorInstitute/fed-rag, loss/pytorch/lsr.py): kl_div(log_softmax(s), softmax(lm)) is KL(Q_LM||P_R), and
+    # neither softmax has a temperature. Theirs is the probability of the whole answer, which underflows to a uniform
+    # target; here it is the mean log-prob. gamma = 1 leaves P_R over cosines nearly flat, so it learns slowly.
+    "fedrag": {"gamma": 1.0, "beta": 1.0, "score": "mean_logprob", "direction": "KL(Q_LM||P_R)"},
 }
 
 
 class LSRConfig(Config):
     """Fine-tunes the retriever from the language model's own scores of the passages (LSR)."""
 
-    preset: Literal["replug", "ra_dit"] | None = setting(
-        None, "Values of a paper for the settings that you leave alone; null: ragkit's defaults."
+    preset: Literal["replug", "ra_dit", "fedrag"] | None = setting(
+        None, "Values of a paper, or of another kit, for the settings that you leave alone; null: ragkit's defaults."
     )
     data: DataConfig = group(DataConfig(), "passages and questions")
     rag: RAGConfig = group(RAGConfig(), "the RAG system whose retriever is trained")
@@ -37,21 +41,48 @@ class LSRConfig(Config):
         None, "Folder of a saved RAG system to go on from; null: a new one, built from data and rag."
     )
     train: TrainConfig = group(TrainConfig(learning_rate=2e-5, batch_size=16), "batches, optimizer, checkpoints")
-    top_k: int = setting(8, "Passages scored for each question while training (K).", unit="passages", ge=2)
+    top_k: int = setting(
+        8, "Passages scored for each question while training (K); rag.top_k is in use.", unit="passages", ge=2
+    )
     gamma: float = setting(
         0.05, "Temperature of the retriever: P_R = softmax(similarity / gamma).", unit="similarity", gt=0, le=100
     )
-    beta: float = setting(1.0, "Temperature of the LM: Q_LM = softmax(score / beta).", unit="nats", gt=0, le=1000)
+    rescale: Literal["auto", "on", "off"] = setting(
+        "auto",
+        "Multiplies the retriever's scores by one constant, so that they spread as cosines do and gamma means the "
+        "same; auto: where they are not cosines, as a GFM's.",
+    )
+    beta: float = setting(
+        1.0, "Temperature of the LM: Q_LM = softmax(score / beta).", unit="unit of the score", gt=0, le=1000
+    )
     direction: Literal["KL(P_R||Q_LM)", "KL(Q_LM||P_R)"] = setting(
         "KL(P_R||Q_LM)", "Which divergence is made small; the first is the papers'."
     )
-    score: Literal["mean_logprob", "logprob"] = setting(
-        "mean_logprob", "LM score of a passage: log-prob of the answer per token, or in sum."
+    score: Literal["mean_logprob", "logprob", "token_prob", "prob"] = setting(
+        "mean_logprob",
+        "LM score of a passage: log-prob of the answer per token, or in sum; or the exponential of one of the two: "
+        "the papers' is prob, which is near 0 for long answers.",
     )
     prompt: str = setting("plain", "Template that holds question and ONE passage when the LM scores it.", min_length=1)
     include_eos: bool = setting(True, "Counts the end-of-text token as part of the answer when scoring.")
     train_part: Literal["query", "both"] = setting(
         "query", "Encoder that learns: the query side only (the index stays valid), or both (re-indexed at the end)."
+    )
+    in_batch_negatives: bool = setting(
+        False, "Passages of the other questions of a batch are candidates too; the LM does not score them."
+    )
+    in_batch_floor: float = setting(
+        0.01,
+        "What Q_LM gives to all in-batch negatives of a question together; 0 with KL(Q_LM||P_R), whatever is set.",
+        unit="probability",
+        gt=0,
+        lt=1,
+    )
+    refresh_steps: int | None = setting(
+        None,
+        "Every so many steps the passages are retrieved and scored anew with what was learnt so far; null: never.",
+        unit="steps",
+        ge=1,
     )
     freeze_embeddings: bool = setting(True, "Leaves the encoder's word embeddings as they are.")
     score_batch_size: int = setting(

@@ -76,7 +76,7 @@ def test_help_shows_the_default_of_this_class_not_of_the_group():
     assert "train.learning_rate  (a number, more than 0, at most 10, in weight change per step, default 0.001)" in (
         help_text(RALTConfig, "ralt")
     )
-    assert "one of replug, ra_dit or null" in help_text(LSRConfig, "lsr")
+    assert "one of replug, ra_dit, fedrag or null" in help_text(LSRConfig, "lsr")
 
 
 # ---- YAML ----
@@ -247,7 +247,7 @@ def test_values_out_of_range_are_all_named_at_once():
     text = str(error)
     assert "train.batch_size: found 0, expected a whole number, 1 or more, in examples" in text
     assert "top_k: found 'many'" in text
-    assert 'one of mean_logprob, logprob; did you mean "mean_logprob"?' in text
+    assert 'one of mean_logprob, logprob, token_prob, prob; did you mean "mean_logprob"?' in text
 
 
 @pytest.mark.parametrize(
