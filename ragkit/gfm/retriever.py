@@ -69,6 +69,8 @@ class GFMRetriever:
         >>> RAGSystem(retriever, generator).query("Who is the mother of the director of Jaws?")  # doctest: +SKIP
     """
 
+    cosine_scores = False  # sums over entities: see `rescale` of LSRConfig
+
     def __init__(
         self,
         model: GNNRetriever,

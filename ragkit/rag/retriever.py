@@ -19,6 +19,7 @@ from ragkit.rag.loading import resolve_device
 from ragkit.rag.store import KnowledgeStore, MemoryStore, StoreError
 
 Part = Literal["query", "both"]
+PART = 4096  # passages encoded at once when all are: bounds what is in memory beside the stores
 
 
 @runtime_checkable
@@ -71,6 +72,8 @@ class DenseRetriever:
         max_tokens: Longer texts are cut to so many tokens; None is the encoder's own limit, and 160 for `"default"`.
         trust_remote_code: Runs code that a model on the hub brings. Only for models that you trust.
     """
+
+    cosine_scores = True  # what `score` gives; LSR brings other scores to the spread of cosines
 
     def __init__(
         self,
@@ -233,11 +236,24 @@ class DenseRetriever:
         self.stale = True
 
     def refresh(self) -> None:
-        """Encodes all passages of the store again, each in its place."""
-        passages = list(self.store.passages())
-        for start in range(0, len(passages), 4096):  # bounds what is in memory beside the store
-            part = passages[start : start + 4096]
-            self.store.update(part, self.encode_passages([passage.full_text for passage in part]))
+        """Encodes all passages of the store again.
+
+        In memory, a new store is filled while the old one serves, and then takes its place at once: an error or an
+        interrupt leaves the old index whole, and whoever shares that store keeps it. Any other store is updated in its
+        place, part by part.
+        """
+        old = self.store
+        new = MemoryStore(old.dim, old.device) if type(old) is MemoryStore else None
+        passages = list(old.passages())
+        for start in range(0, len(passages), PART):
+            part = passages[start : start + PART]
+            embeddings = self.encode_passages([passage.full_text for passage in part])
+            if new is None:
+                old.update(part, embeddings)
+            else:
+                new.add(part, embeddings)
+        if new is not None:
+            self.store = new
         self._fresh()
 
     def save(self, directory: str | Path) -> Path:
