@@ -31,7 +31,7 @@ class Launch:
 
     Attributes:
         kernel: The `triton.jit` function.
-        args: Every argument by name: tensors, integers, None, and the values of `tl.constexpr` parameters.
+        args: Every argument by name: tensors, numbers, None, and the values of `tl.constexpr` parameters.
         num_warps: Warps per program.
         max_registers: Registers per thread that the assembler may use.
     """
@@ -58,6 +58,8 @@ class Launch:
                 kinds[p.name] = "constexpr"
             elif isinstance(value, Tensor):
                 kinds[p.name] = "*" + DTYPES[value.dtype]
+            elif isinstance(value, float):
+                kinds[p.name] = "fp32"
             else:
                 kinds[p.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
         return kinds
@@ -67,7 +69,7 @@ class Launch:
         found = []
         for p in self.kernel.params:
             value = self.args[p.name]
-            if self._is_constant(p) or p.do_not_specialize:
+            if self._is_constant(p) or p.do_not_specialize or isinstance(value, float):
                 continue
             if (value.data_ptr() if isinstance(value, Tensor) else value) % 16 == 0:
                 found.append(p.name)
