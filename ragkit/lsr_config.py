@@ -88,6 +88,18 @@ class LSRConfig(Config):
     score_batch_size: int = setting(
         64, "Pairs of question and passage that the LM scores at once.", unit="pairs", ge=1
     )
+    score_memory: int | None = setting(
+        None,
+        "Memory for one forward pass of the LM while it scores, by estimate; null: 256 on a CPU, half of what is free "
+        "on a GPU.",
+        unit="MiB",
+        ge=1,
+    )
+    score_cache: str | None = setting(
+        "auto",
+        "Folder that keeps LM scores, so that no pair is scored twice; auto: lm_scores in output_dir; null: none.",
+        min_length=1,
+    )
     output_dir: str = setting("runs", "Folder that holds the run folders.", min_length=1)
     name: str | None = setting(None, "Name of the run folder; null: command and time.")
     resume: str | None = setting(None, "Run folder to go on with; its settings are taken from its config.yaml.")
