@@ -25,7 +25,7 @@ from ragkit.rag.loading import (
     with_adapter,
     without_adapter,
 )
-from ragkit.rag.logprob import response_logprobs
+from ragkit.rag.scoring import score_responses
 
 
 class TokenizerError(ValueError):
@@ -253,7 +253,11 @@ class Generator:
         )
 
     def sequence_logprob(
-        self, prompt_ids: Sequence[Sequence[int]], response_ids: Sequence[Sequence[int]], batch_size: int | None = None
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        response_ids: Sequence[Sequence[int]],
+        batch_size: int | None = None,
+        **options: Any,
     ) -> Tensor:
         r"""log P(response | prompt): the sum of the log-probabilities of the response's tokens, in nats.
 
@@ -263,26 +267,26 @@ class Generator:
         Args:
             prompt_ids: N prompts from `encode_prompt`; none empty.
             response_ids: N responses from `encode_response`; an empty one has log-probability 0.
-            batch_size: Pairs scored at once; the generator's own by default.
+            batch_size: Most pairs scored at once; the generator's own by default.
+            **options: `memory_mib`, `groups`, `names`, `progress`, `on_batch` of `ragkit.rag.scoring.score_responses`.
 
         Returns:
-            float32 [N] on the CPU, without gradient.
+            float64 [N] on the CPU, without gradient.
+
+        Raises:
+            ScoringError: A pair that is too long or has unknown tokens, or scores that are not finite.
         """
         if len(prompt_ids) != len(response_ids):
             raise ValueError(f"{len(prompt_ids)} prompts, but {len(response_ids)} responses")
-        lengths = [len(p) + len(r) for p, r in zip(prompt_ids, response_ids, strict=True)]
-        limit = self.max_length
-        if limit is not None and lengths and max(lengths) > limit:
-            raise ValueError(
-                f"prompt and response number {lengths.index(max(lengths))} have {max(lengths)} tokens, the model "
-                f"has positions for {limit}; encode the prompt with reserve=len(response)"
-            )
-        result = torch.zeros(len(prompt_ids))
-        with torch.no_grad(), evaluating(self.core):
-            for batch in _batches(lengths, batch_size or self.batch_size):
-                prompts, responses = [prompt_ids[i] for i in batch], [response_ids[i] for i in batch]
-                result[batch] = response_logprobs(self.core, prompts, responses, self.pad_id or 0).cpu()
-        return result
+        return score_responses(
+            self.core,
+            prompt_ids,
+            response_ids,
+            self.pad_id or 0,
+            batch_size=batch_size or self.batch_size,
+            max_length=self.max_length,
+            **options,
+        )
 
     def save(self, directory: str | Path) -> Path:
         """Writes tokenizer, settings and weights.

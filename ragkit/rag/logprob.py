@@ -1,27 +1,34 @@
-"""Log-probabilities of responses under a causal LM, with no logits for the prompt."""
+"""Log-probabilities of responses under a causal LM: one forward pass, and no logits for the prompt."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from weakref import WeakKeyDictionary
+from typing import Any
 
 import torch
-from ragkit_kernels.linear_logprob import token_logprobs
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
 
-from ragkit.rag.loading import evaluating
+from ragkit.rag.lm_head import core_of, hidden_states, read_head
 
-# Settings of models whose logits are more than `head(hidden)`: Gemma 2 caps them, Granite, Cohere, MiniCPM and
-# Falcon-H1 scale them. The probe below would miss a cap on small logits.
-NOT_PLAIN = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier", "dim_model_base")
+try:  # of transformers 4.54 and later; without it nothing is shared
+    from transformers.cache_utils import DynamicLayer
+except ImportError:  # pragma: no cover
+    DynamicLayer = None  # type: ignore[assignment,misc]
 
-_plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+class SharingError(RuntimeError):
+    """A model whose prompts cannot share the computation of their beginning."""
 
 
 def response_logprobs(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_id: int
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    pad_id: int,
+    shared: Sequence[tuple[int, int]] = (),
+    chunk_rows: int | None = None,
 ) -> Tensor:
     """The log-probability of each response after its prompt, summed over its tokens.
 
@@ -30,71 +37,93 @@ def response_logprobs(
         prompts: B lists of token ids, none empty.
         responses: B lists of token ids.
         pad_id: Fills the batch up on the right, where a causal model never looks back from.
+        shared: Runs of pairs whose prompts begin alike, as (pairs, tokens that they share): the beginning of each run
+            is computed once. The runs make up the batch, and at least one token of each prompt stands after it. ():
+            nothing is shared.
+        chunk_rows: Response tokens whose logits exist at once; None: the operator's choice.
 
     Returns:
-        float32 [B], in nats; differentiable where gradients are on.
+        float64 [B], in nats; differentiable where gradients are on.
+
+    Raises:
+        SharingError: `shared` is given, and the model keeps no plain key-value cache (sliding windows, states).
     """
     if not all(prompts):
         raise ValueError("an empty prompt predicts nothing: a prompt needs at least one token")
-    lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
-    width = max(lengths)
-    ids = torch.full((len(prompts), width), pad_id)  # [B, T]
-    mask = torch.zeros_like(ids)
+    device = model.device
+    starts = [tokens for pairs, tokens in shared for _ in range(pairs)] or [0] * len(prompts)
+    tails = [[*p[start:], *r] for p, r, start in zip(prompts, responses, starts, strict=True)]
+    ids, mask = _padded(tails, pad_id)  # [B, T]
     rows: list[int] = []  # of each response token: its row,
     positions: list[int] = []  # and the position that predicts it, one to the left of its own
-    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        ids[row, : lengths[row]] = torch.tensor([*prompt, *response])
-        mask[row, : lengths[row]] = 1
+    for row, (tail, response) in enumerate(zip(tails, responses, strict=True)):
         rows += [row] * len(response)
-        positions += range(len(prompt) - 1, lengths[row] - 1)
-    device = model.device
-    ids, mask = ids.to(device), mask.to(device)
-    row_index, position = (
-        torch.tensor(rows, device=device).long(),
-        torch.tensor(positions, device=device).long(),
-    )  # [N]
-    targets = ids[row_index, position + 1]  # [N]
-    if has_plain_head(model):
-        hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state  # [B, T, D]
-        head = model.get_output_embeddings()
-        chosen = hidden[row_index, position]  # [N, D]
-        logprobs = token_logprobs(chosen, head.weight, targets, bias=getattr(head, "bias", None))
+        positions += range(len(tail) - len(response) - 1, len(tail) - 1)
+    of_row, position = torch.tensor(rows).long(), torch.tensor(positions).long()  # [N]
+    targets = ids[of_row, position + 1]  # [N]
+    ids, mask, row, position, targets = (t.to(device) for t in (ids, mask, of_row, position, targets))
+    options: dict[str, Any] = {"attention_mask": mask}
+    if shared:
+        options = _after_beginnings(model, prompts, shared, starts, pad_id, mask)
+    head = read_head(model)
+    if head is not None:
+        hidden = hidden_states(model, ids, **options)  # [B, T, D]
+        logprobs = head.token_logprobs(hidden[row, position], targets, chunk_rows=chunk_rows)  # [N]
     else:
         # Only the logits from the first needed position on, where the model can leave the others out.
-        start = min(positions, default=0)
-        keep = torch.arange(start, width, device=device)
-        accepts = "logits_to_keep" in inspect.signature(model.forward).parameters
-        extra = {"logits_to_keep": keep} if accepts else {}
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **extra).logits  # [B, width - start, V]
+        start, width = min(positions, default=0), ids.shape[1]
+        if "logits_to_keep" in inspect.signature(core_of(model).forward).parameters:
+            options["logits_to_keep"] = torch.arange(start, width, device=device)
+        options.setdefault("use_cache", False)
+        logits = model(input_ids=ids, **options).logits  # [B, width - start, V]
         if logits.shape[1] == width:
             start = 0
-        chosen = logits[row_index, position - start].float()  # [N, V]
-        logprobs = torch.log_softmax(chosen, dim=-1).gather(1, targets.unsqueeze(1)).squeeze(1)
-    return torch.zeros(len(prompts), device=device).index_add(0, row_index, logprobs.float())
+        logprobs = torch.log_softmax(logits[row, position - start].float(), dim=-1)  # [N, V]
+        logprobs = logprobs.gather(1, targets.unsqueeze(1)).squeeze(1)  # [N]
+    # In double precision and one after the other: the sum of a long response, the same in every batch. Not every
+    # accelerator has float64, so it is made on the CPU.
+    return torch.zeros(len(prompts), dtype=torch.float64).index_add(0, of_row, logprobs.cpu().double())
 
 
-def has_plain_head(model: PreTrainedModel) -> bool:
-    """True if the model's logits are its output embeddings applied to its base model's last hidden state.
+def _padded(lists: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, int64 [B, T] each, filled up on the right."""
+    width = max(map(len, lists))
+    ids, mask = torch.full((len(lists), width), pad_id), torch.zeros(len(lists), width, dtype=torch.long)
+    for number, tokens in enumerate(lists):
+        ids[number, : len(tokens)] = torch.tensor(tokens)
+        mask[number, : len(tokens)] = 1
+    return ids, mask
 
-    Decided by the configuration, then, once for a model, by comparing both on a few tokens.
+
+def _after_beginnings(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    shared: Sequence[tuple[int, int]],
+    starts: Sequence[int],
+    pad_id: int,
+    mask: Tensor,
+) -> dict[str, Any]:
+    """Runs each beginning once; returns the arguments that let the rest of the prompts follow them.
+
+    Beginnings of different length are padded on the right, so that in a row's cache a gap may stand between its
+    beginning and its rest. The mask hides it, and positions are given, not counted from the cache.
     """
-    config, head = model.config.get_text_config(), model.get_output_embeddings()
-    if any(getattr(config, name, None) not in (None, 1, 1.0) for name in NOT_PLAIN):
-        return False
-    # An adapter on the head replaces it with a layer that adds to the product: no longer one weight.
-    if type(head) is not nn.Linear or model.base_model is model:
-        return False
-    if model not in _plain:
-        _plain[model] = _probe(model, head)
-    return _plain[model]
-
-
-@torch.no_grad()
-def _probe(model: PreTrainedModel, head: nn.Linear) -> bool:
-    ids = torch.arange(8, device=model.device).unsqueeze(0) % head.weight.shape[0]
-    with evaluating(model):
-        hidden = getattr(model.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)
-        logits = model(input_ids=ids, use_cache=False).logits
-    if hidden is None or hidden.shape[-1] != head.weight.shape[1]:
-        return False
-    return torch.allclose(head(hidden).float(), logits.float(), rtol=1e-3, atol=1e-3)
+    first = 0
+    beginnings = []
+    for pairs, tokens in shared:
+        beginnings.append(list(prompts[first][:tokens]))
+        first += pairs
+    ids, begun = (tensor.to(mask.device) for tensor in _padded(beginnings, pad_id))  # [G, P]
+    body = core_of(model).base_model
+    cache = getattr(body(input_ids=ids, attention_mask=begun, use_cache=True), "past_key_values", None)
+    layers = getattr(cache, "layers", None)
+    if type(cache) is not DynamicCache or not layers or any(type(layer) is not DynamicLayer for layer in layers):
+        raise SharingError("the model keeps no plain key-value cache")
+    run = torch.tensor([number for number, (pairs, _) in enumerate(shared) for _ in range(pairs)], device=mask.device)
+    cache.batch_select_indices(run)  # [G, ...] -> [B, ...]
+    options = {"attention_mask": torch.cat([begun[run], mask], 1), "past_key_values": cache, "use_cache": True}
+    if "position_ids" in inspect.signature(body.forward).parameters:
+        start = torch.tensor(starts, device=mask.device).unsqueeze(1)  # [B, 1]
+        # Counted by the mask: padding stays where the row ended, within the positions that the model has.
+        options["position_ids"] = start + (mask.cumsum(1) - 1).clamp(min=0)  # [B, T]
+    return options

@@ -6,15 +6,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, GPT2LMHeadModel, GraniteConfig
 
-from ragkit.rag import logprob
 from ragkit.rag.generator import Generator
+from ragkit.rag.lm_head import read_head
 
 
 def test_logprob_is_minus_loss_times_tokens(generator, pairs, hf_logprob):
     found = generator.sequence_logprob(*pairs)
     expected = [hf_logprob(generator.model, p, r) for p, r in zip(*pairs, strict=True)]
     assert found.tolist() == pytest.approx(expected, abs=1e-4)
-    assert found.dtype == torch.float32 and not found.requires_grad
+    assert found.dtype == torch.float64 and not found.requires_grad
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
@@ -92,9 +92,11 @@ def _small(config_class, tokenizer, **over):
     ("config_class", "over"),
     [(Gemma2Config, {"final_logit_softcapping": 5.0}), (GraniteConfig, {"logits_scaling": 4.0})],
 )
-def test_models_that_cap_or_scale_their_logits_are_scored_by_them(tokenizer, pairs, config_class, over, hf_logprob):
+def test_models_that_cap_or_scale_their_logits_are_scored_by_their_head(
+    tokenizer, pairs, config_class, over, hf_logprob
+):
     model = _small(config_class, tokenizer, **over)
-    assert not logprob.has_plain_head(model)
+    assert read_head(model) is not None
     found = Generator(model, tokenizer).sequence_logprob(*pairs, batch_size=2)
     expected = [hf_logprob(model, p, r) for p, r in zip(*pairs, strict=True)]
     assert found.tolist() == pytest.approx(expected, abs=1e-4)
@@ -108,7 +110,8 @@ def test_a_model_that_does_more_without_saying_so_is_found_out(tiny_lm, tokenize
             return out
 
     model = Scaled(tiny_lm.config).eval()
-    assert logprob.has_plain_head(tiny_lm) and not logprob.has_plain_head(model)
+    with pytest.warns(UserWarning, match="its own logits are used"):
+        assert read_head(tiny_lm) is not None and read_head(model) is None
     found = Generator(model, tokenizer).sequence_logprob(*pairs)
     prompt, response = pairs[0][0], pairs[1][0]
     logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].detach()
