@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from ragkit_kernels.lsr_loss import lsr_loss
 from torch import Tensor, nn
 
 from ragkit.config import ConfigError, LSRConfig
 from ragkit.engine import RunTrainer, TrainResult, run_training, training_arguments
 from ragkit.evaluation import EvaluationResult
 from ragkit.processes import is_first
-from ragkit.runs import Run
-from ragkit.tuning.teacher import LSRRow, Teacher, build_rows, content_key, load_rows, save_rows, shuffle_scores
+from ragkit.runs import Run, checkpoint_step
+from ragkit.tuning.candidates import Candidates, collate, collate_ids, score_scale
+from ragkit.tuning.lsr_objective import batch_negatives, lsr_objective, widen
+from ragkit.tuning.lsr_table import TeacherWarning, lsr_table, summarise_teacher
+from ragkit.tuning.qa_data import DataError
+from ragkit.tuning.refresh import RefreshCallback, drop_refreshes_after, refresh_rows
+from ragkit.tuning.teacher import (
+    FOLDER,
+    LSRRow,
+    Teacher,
+    build_rows,
+    content_key,
+    load_rows,
+    save_rows,
+    shuffle_scores,
+)
 from ragkit.tuning.training import SystemTrainer, training_only
+
+__all__ = ["LSRModel", "LSRTrainer", "TeacherWarning", "collate", "lsr_table", "trained_parameters"]
 
 
 class LSRModel(nn.Module):
@@ -28,11 +44,13 @@ class LSRModel(nn.Module):
 
     Args:
         retriever: A `TrainableRetriever`.
-        config: gamma, beta, direction and train_part are read.
+        config: The settings of the loss (`lsr_objective`) and train_part are read.
+        scale: What scores are multiplied by, from `score_scale`.
     """
 
-    def __init__(self, retriever: Any, config: LSRConfig) -> None:
+    def __init__(self, retriever: Any, config: LSRConfig, scale: float = 1.0) -> None:
         super().__init__()
+        self.scale = scale
         self.trained = nn.ModuleDict(retriever.trainable_modules(config.train_part))
         self._retriever = [retriever]  # in a list: were it a module, all its encoders would be part of this one
         self.settings = config  # not `config`: the Trainer takes that for a transformers configuration
@@ -54,30 +72,26 @@ class LSRModel(nn.Module):
             mask: [B, K] bool.
 
         Returns:
-            {"loss": scalar, "scores": [B, K]}.
+            {"loss": scalar, "scores": [B, W] after rescaling}; W is K, or wider with in-batch negatives.
         """
         config = self.settings
-        scores = self._retriever[0].score(questions, passage_ids, part=config.train_part)  # [B, K]
+        counts = [len(ids) for ids in passage_ids]
+        if config.in_batch_negatives:
+            negatives = batch_negatives(passage_ids)
+            passage_ids = [[*own, *rest] for own, rest in zip(passage_ids, negatives, strict=True)]
+        scores = self._retriever[0].score(questions, passage_ids, part=config.train_part)  # [B, W]
+        if self.scale != 1.0:
+            scores = scores * self.scale
         lm_scores, mask = lm_scores.to(scores.device), mask.to(scores.device)
-        loss = lsr_loss(scores, lm_scores, config.gamma, config.beta, config.direction, mask)
-        return {"loss": loss, "scores": scores}
-
-
-def collate(rows: Sequence[LSRRow]) -> dict[str, Any]:
-    """A batch of rows as `LSRModel.forward` takes it, padded to the longest K, with the ids for error messages."""
-    width = max(len(row.passage_ids) for row in rows)
-    lm_scores = torch.zeros(len(rows), width)  # [B, K]
-    mask = torch.zeros(len(rows), width, dtype=torch.bool)  # [B, K]
-    for number, row in enumerate(rows):
-        lm_scores[number, : len(row.lm_scores)] = torch.tensor(row.lm_scores)
-        mask[number, : len(row.lm_scores)] = True
-    return {
-        "ids": [row.id for row in rows],
-        "questions": [row.question for row in rows],
-        "passage_ids": [list(row.passage_ids) for row in rows],
-        "lm_scores": lm_scores,
-        "mask": mask,
-    }
+        if not config.in_batch_negatives:
+            return {"loss": lsr_objective(scores, lm_scores, mask, None, config), "scores": scores}
+        width = scores.shape[1]
+        column = torch.arange(width)  # a row holds its own passages first, then the negatives
+        first = torch.tensor(counts)[:, None]
+        last = torch.tensor([len(ids) for ids in passage_ids])[:, None]
+        others = ((column >= first) & (column < last)).to(scores.device)  # [B, W]
+        own, lm_scores = (column < first).to(scores.device), widen(lm_scores, max(width, lm_scores.shape[1]))
+        return {"loss": lsr_objective(scores, lm_scores[:, :width], own, others, config), "scores": scores}
 
 
 class LSRTrainer(SystemTrainer):
@@ -132,34 +146,67 @@ class LSRTrainer(SystemTrainer):
                 "train.gradient_checkpointing: the encoders stay in eval mode, where it has no effect; use a smaller "
                 "train.batch_size with train.gradient_accumulation_steps"
             )
-        if not hasattr(system.retriever, "trainable_modules"):
-            raise ConfigError(f"{type(system.retriever).__name__} cannot be trained: it has no trainable_modules()")
+        _check_trainable(system.retriever)
         self.teacher = teacher
         self._rows = list(rows) if rows is not None else None
         if self._rows is not None and teacher == "shuffled":
             self._rows = shuffle_scores(self._rows, config.train.seed)
+        if self._rows is not None and config.refresh_steps is not None:
+            known = {example.id for example in self.data}
+            unknown = [row.id for row in self._rows if row.id not in known]
+            if unknown:
+                raise DataError(
+                    f"rows: the question {unknown[0]!r} is not in train_data, so refresh_steps could not score new "
+                    "passages for it; give the questions that the rows were made of"
+                )
+        self._candidates: Candidates | None = None
+        self._scale: float | None = None
 
     def rows(self) -> list[LSRRow]:
         """The training rows: each question with the passages that were retrieved for it and the teacher's scores.
 
-        Made on the first call (retrieval and scoring), so call it before training, or let `train` make them.
+        Made on the first call (retrieval and scoring), so call it before training, or let `train` make them. With
+        `refresh_steps` they are, once trained, those of the last refresh. `lsr_table(trainer)` shows them.
         """
+        return self._initial_rows() if self._candidates is None else self._candidates.rows
+
+    def score_scale(self) -> float:
+        """What the retriever's scores are multiplied by, see `ragkit.tuning.candidates.score_scale`; measured once."""
+        if self._scale is None:
+            self._scale = score_scale(self.system.retriever, self._initial_rows(), self.config)
+        return self._scale
+
+    def _initial_rows(self) -> list[LSRRow]:
         if self._rows is None:
             self._rows, self.left_out = build_rows(self.system, self.data, self.config, self.teacher)
             self.report_left_out(len(self._rows))
         return self._rows
 
-    def _rows_of(self, run: Run, resume: bool) -> list[LSRRow]:
-        """The rows to train on: those kept in the run's folder if it is resumed, else they are kept there now."""
-        key = content_key(self.data, self.config, self.teacher, self.system.generator)
-        kept = load_rows(run.dir, key) if resume else None
+    def _rows_of(self, run: Run, resume: bool, key: dict[str, str]) -> list[LSRRow]:
+        """The rows to start from: those kept in the run's folder if it is resumed, else they are kept there now."""
+        kept = load_rows(run.dir / FOLDER, key) if resume else None
         if kept is not None:
-            self._rows, self.left_out = kept
-        else:
-            rows = self.rows()
-            if is_first():  # under torchrun every process has made them, one writes
-                save_rows(run.dir, key, rows, self.left_out)
-        return self.rows()
+            self._rows, self.left_out, self._scale = kept
+        rows = self._initial_rows()
+        if kept is None and is_first():  # under torchrun every process has made them, one writes
+            save_rows(run.dir / FOLDER, key, rows, self.left_out, self.score_scale())
+        if self.score_scale() != 1.0:
+            print(f"the retriever's scores are multiplied by {self.score_scale():.4g}, to spread as cosines do")
+        warning = summarise_teacher(rows, self.config).warning
+        if warning is not None:
+            warnings.warn(warning, TeacherWarning, stacklevel=3)
+        return rows
+
+    def _refreshing(self, candidates: Candidates, run: Run, key: dict[str, str]) -> list[RefreshCallback]:
+        """What the Trainer calls to retrieve the candidates anew; nothing where that is off."""
+        every = self.config.refresh_steps
+        if every is None:
+            return []
+
+        def make(rows: list[LSRRow]) -> list[LSRRow]:
+            return refresh_rows(self.system, self.data, rows, self.config, self.teacher)
+
+        return [RefreshCallback(candidates, make, run.dir, key, every)]
 
     def train(self, resume: bool = False) -> TrainResult:
         """Trains the retriever in place.
@@ -177,10 +224,14 @@ class LSRTrainer(SystemTrainer):
         """
         config, retriever = self.config, self.system.retriever
         run = self.open_run(resume)
-        rows = self._rows_of(run, resume)
+        key = content_key(self.data, config, self.teacher, self.system.generator)
+        candidates = self._candidates = Candidates(self._rows_of(run, resume, key))
+        last = run.last_checkpoint() if resume else None
+        if is_first():
+            drop_refreshes_after(run.dir, 0 if last is None else checkpoint_step(last))
         if config.train_part == "query":
             retriever.separate_query_encoder()
-        model = LSRModel(retriever, config)
+        model = LSRModel(retriever, config, self.score_scale())
         trained = trained_parameters(model, config.freeze_embeddings)
         others = [*retriever.trainable_modules("both").values(), self.system.generator.model]
         try:
@@ -189,9 +240,11 @@ class LSRTrainer(SystemTrainer):
                     model,
                     training_arguments(config.train, run, device=trained[0].device.type),
                     run,
+                    loss_fn=lambda model, batch: model(**candidates.batch(batch["ids"]))["loss"],
                     evaluate_fn=self._retrieval_metrics if self.eval_data is not None else None,
-                    train_dataset=rows,
-                    data_collator=collate,
+                    train_dataset=candidates.ids,
+                    data_collator=collate_ids,
+                    callbacks=self._refreshing(candidates, run, key),
                 )
                 result = run_training(trainer, run, resume=resume)
         finally:
@@ -211,6 +264,22 @@ class LSRTrainer(SystemTrainer):
     def evaluate(self, examples: Any = None, **options: Any) -> EvaluationResult:
         """Scores retrieval (recall, MRR, ...); `generate=True` scores the answers as well."""
         return super().evaluate(examples, **{"generate": False, **options})
+
+
+def _check_trainable(retriever: Any) -> None:
+    if hasattr(retriever, "trainable_modules"):
+        return
+    message = f"{type(retriever).__name__} cannot be trained: it has no trainable_modules()"
+    parts = [part for part in getattr(retriever, "retrievers", ()) if hasattr(part, "trainable_modules")]
+    if parts:
+        # What it fuses are ranks or normalised scores of candidates: there is no one score with a gradient into all.
+        names = " or ".join(dict.fromkeys(type(part).__name__ for part in parts))
+        message += (
+            f". Train what it fuses ({names}), one after the other, each in a system of its own: LSRTrainer("
+            "RAGSystem(hybrid.retrievers[0], system.generator, system.config), ...); they are trained in place, so "
+            "the fused retriever has what was learnt"
+        )
+    raise ConfigError(message)
 
 
 def trained_parameters(model: LSRModel, freeze_embeddings: bool) -> list[nn.Parameter]:

@@ -1,18 +1,20 @@
 """The LSR teacher: how likely the language model finds the right response after each retrieved passage.
 
-Neither the language model nor (with a frozen passage side) the candidates change while the retriever is trained,
-so everything here is computed once, before the first step, and kept in the run's folder.
+The language model does not change while the retriever is trained, and the candidates only where they are refreshed
+(`ragkit.tuning.refresh`): everything else is computed once, before the first step, and kept in the run's folder.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -21,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from ragkit.config import LSRConfig
 from ragkit.files import atomic_dir, atomic_write_json
 from ragkit.rag.loading import digests
+from ragkit.tuning.lsr_objective import LOG_SCORE
 from ragkit.tuning.qa_data import DataError, QAExample
 from ragkit.tuning.scoring import score_passages
 
@@ -28,6 +31,9 @@ from ragkit.tuning.scoring import score_passages
 TeacherFunction = Callable[[QAExample, Sequence[Any]], Sequence[float]]
 Teacher = Literal["lm", "shuffled"] | TeacherFunction
 FOLDER = "lm_scores"
+NOT_FINITE = (
+    "the language model's numbers overflow: load it in float32 or bfloat16 (rag.dtype), or look at the weights"
+)
 
 
 @dataclass(frozen=True)
@@ -67,32 +73,81 @@ def build_rows(
         (rows, [(question id, reason)] of the questions that cannot be used).
 
     Raises:
-        DataError: A teacher function returns another number of scores than there are passages.
+        DataError: The teacher gives another number of scores than there are passages, or one that is not finite.
     """
-    left_out = [(example.id, "no answer") for example in examples if not example.answer]
-    examples = [example for example in examples if example.answer]
-    retrieved = system.retriever.retrieve([example.question for example in examples], config.top_k)
+    usable, left_out = _usable(system.generator, examples, config, teacher)
+    retrieved = system.retriever.retrieve([example.question for example in usable], config.top_k)
     left_out += [
         (example.id, f"{len(found)} passage retrieved, at least 2 are needed")
-        for example, found in zip(examples, retrieved, strict=True)
+        for example, found in zip(usable, retrieved, strict=True)
         if len(found) < 2
     ]
-    pairs = [(example, found) for example, found in zip(examples, retrieved, strict=True) if len(found) >= 2]
-    if callable(teacher):
-        scores = [list(teacher(example, found)) for example, found in pairs]
-    else:
-        started = time.perf_counter()
-        scores = score_passages(system.generator, pairs, config)
-        count = sum(map(len, scores))
+    pairs = [(example, found) for example, found in zip(usable, retrieved, strict=True) if len(found) >= 2]
+    started = time.perf_counter()
+    rows = make_rows(pairs, teacher_scores(system.generator, pairs, config, teacher))
+    if not callable(teacher):
+        count = sum(len(row.lm_scores) for row in rows)
         print(f"scored {count} (question, passage) pairs with the LM in {time.perf_counter() - started:.1f} s")
-    rows = []
+    return (shuffle_scores(rows, config.train.seed) if teacher == "shuffled" else rows), left_out
+
+
+def _usable(
+    generator: Any, examples: Sequence[QAExample], config: LSRConfig, teacher: Teacher
+) -> tuple[list[QAExample], list[tuple[str, str]]]:
+    """The questions that have something to score, and (id, reason) of the others."""
+    usable, left_out = [], []
+    for example in examples:
+        if not example.answer:
+            left_out.append((example.id, "no answer"))
+        elif callable(teacher) or generator.encode_response(example.answer, eos=False, template=config.prompt):
+            usable.append(example)
+        else:  # with the EOS token alone, the LM would be asked how likely it says nothing
+            left_out.append((example.id, f"the answer {example.answer!r} has no token"))
+    return usable, left_out
+
+
+def teacher_scores(
+    generator: Any, pairs: Sequence[tuple[QAExample, Sequence[Any]]], config: LSRConfig, teacher: Teacher
+) -> list[list[float]]:
+    """The scores in nats of each question's passages, checked.
+
+    Args:
+        generator: A `Generator`; asked unless the teacher is a function.
+        pairs: N questions with their passages.
+        config: As in `build_rows`.
+        teacher: As in `build_rows`; "shuffled" gives the LM's scores, not yet permuted.
+
+    Raises:
+        DataError: As in `build_rows`.
+    """
+    if callable(teacher):
+        scores = [[float(value) for value in teacher(example, found)] for example, found in pairs]
+    else:
+        # Always a logarithm: `teacher_values` takes the exponential, if one is wanted.
+        logs = config.model_copy(update={"score": LOG_SCORE[config.score]})
+        scores = score_passages(generator, pairs, logs)
     for (example, found), values in zip(pairs, scores, strict=True):
         if len(values) != len(found):
             raise DataError(f"the teacher gave {len(values)} scores for {len(found)} passages of {example.id!r}")
-        # Rounded to float32, as they are kept: a resumed run trains on exactly the same numbers.
+        for passage, value in zip(found, values, strict=True):
+            if not math.isfinite(value):
+                raise DataError(
+                    f"question {example.id!r}, passage {passage.id!r}: the teacher's score is {value}, a finite "
+                    "number is needed; " + ("look at the function" if callable(teacher) else NOT_FINITE)
+                )
+    return scores
+
+
+def make_rows(pairs: Sequence[tuple[QAExample, Sequence[Any]]], scores: Sequence[Sequence[float]]) -> list[LSRRow]:
+    """Rows of questions, passages and scores, the latter rounded to float32.
+
+    That is how they are kept: a resumed run trains on exactly the same numbers.
+    """
+    rows = []
+    for (example, found), values in zip(pairs, scores, strict=True):
         rounded = torch.tensor(values, dtype=torch.float32).tolist()
         rows.append(LSRRow(example.id, example.question, tuple(p.id for p in found), tuple(rounded)))
-    return (shuffle_scores(rows, config.train.seed) if teacher == "shuffled" else rows), left_out
+    return rows
 
 
 def shuffle_scores(rows: Sequence[LSRRow], seed: int) -> list[LSRRow]:
@@ -107,32 +162,58 @@ def shuffle_scores(rows: Sequence[LSRRow], seed: int) -> list[LSRRow]:
     return shuffled
 
 
-def save_rows(folder: Path, key: dict[str, str], rows: Sequence[LSRRow], left_out: Sequence[tuple[str, str]]) -> None:
-    """Keeps the rows in a run's folder: `lm_scores/rows.json` and `lm_scores/scores.safetensors`, atomically."""
+class KeptRows(NamedTuple):
+    """What `save_rows` kept: the rows, (question id, reason) of what was left out, and the factor of the scores."""
+
+    rows: list[LSRRow]
+    left_out: list[tuple[str, str]]
+    scale: float
+
+
+def save_rows(
+    path: Path, key: dict[str, str], rows: Sequence[LSRRow], left_out: Sequence[tuple[str, str]], scale: float = 1.0
+) -> None:
+    """Keeps rows as a folder in a run: `rows.json` and `scores.safetensors`, atomically.
+
+    Args:
+        path: The folder; what it held goes.
+        key: From `content_key`.
+        rows: The rows.
+        left_out: (question id, reason) of the questions that are not in them.
+        scale: What the retriever's scores are multiplied by (`score_scale`).
+    """
     flat = torch.tensor([score for row in rows for score in row.lm_scores], dtype=torch.float32)  # [sum of K]
     listed = [{"id": row.id, "question": row.question, "passage_ids": row.passage_ids} for row in rows]
-    with atomic_dir(folder / FOLDER) as temporary:
+    with atomic_dir(path) as temporary:
         save_file({"lm_scores": flat}, temporary / "scores.safetensors")
-        atomic_write_json(temporary / "rows.json", {"key": key, "rows": listed, "left_out": left_out})
+        atomic_write_json(
+            temporary / "rows.json", {"key": key, "rows": listed, "left_out": left_out, "score_scale": scale}
+        )
 
 
-def load_rows(folder: Path, key: dict[str, str]) -> tuple[list[LSRRow], list[tuple[str, str]]] | None:
+def load_rows(path: Path, key: dict[str, str]) -> KeptRows | None:
     """The rows that `save_rows` kept; None if the run ended before they were made.
 
     Raises:
         DataError: They are corrupt, or were made from other data, settings or another language model.
     """
-    path = folder / FOLDER
     if not path.exists():
         return None
     try:
         saved = json.loads((path / "rows.json").read_text(encoding="utf-8"))
-        scores = iter(load_file(path / "scores.safetensors")["lm_scores"].tolist())
-        rows = []
-        for row in saved["rows"]:
-            values = tuple(next(scores) for _ in row["passage_ids"])
-            rows.append(LSRRow(row["id"], row["question"], tuple(row["passage_ids"]), values))
+        values = load_file(path / "scores.safetensors")["lm_scores"].tolist()
+        count = sum(len(row["passage_ids"]) for row in saved["rows"])
+        if count != len(values):
+            raise ValueError(f"{len(values)} scores for {count} passages")
+        scores = iter(values)
+        rows = [
+            LSRRow(
+                row["id"], row["question"], tuple(row["passage_ids"]), tuple(islice(scores, len(row["passage_ids"])))
+            )
+            for row in saved["rows"]
+        ]
         left_out = [(str(identity), str(reason)) for identity, reason in saved["left_out"]]
+        scale = float(saved["score_scale"])
         different = [name for name, digest in key.items() if saved["key"][name] != digest]
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise DataError(
@@ -143,7 +224,7 @@ def load_rows(folder: Path, key: dict[str, str]) -> tuple[list[LSRRow], list[tup
             f"{path}: this run was started with other {' and '.join(different)}; resume it with the same ones, or "
             "start a new run"
         )
-    return rows, left_out
+    return KeptRows(rows, left_out, scale)
 
 
 def content_key(examples: Sequence[QAExample], config: LSRConfig, teacher: Teacher, generator: Any) -> dict[str, str]:
@@ -154,6 +235,7 @@ def content_key(examples: Sequence[QAExample], config: LSRConfig, teacher: Teach
     """
     kind = "function" if callable(teacher) else teacher
     settings = [config.top_k, config.prompt, config.score, config.include_eos, config.train.seed, kind]
+    settings += [config.rescale, config.refresh_steps]
     chat = [generator.chat_template, generator.system_prompt]
     return {
         "questions": _digest([[example.id, example.question, example.answer] for example in examples]),
