@@ -244,7 +244,7 @@ class LSRTrainer(SystemTrainer):
                     evaluate_fn=self._retrieval_metrics if self.eval_data is not None else None,
                     train_dataset=candidates.ids,
                     data_collator=collate_ids,
-                    callbacks=self._refreshing(candidates, run, key),
+                    callbacks=[*self._refreshing(candidates, run, key), *self.callbacks],
                 )
                 result = run_training(trainer, run, resume=resume)
         finally:
@@ -253,6 +253,22 @@ class LSRTrainer(SystemTrainer):
         if config.train_part == "both":
             retriever.refresh()
         return result
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """The tensors that `train` moves, by name; a shared encoder gets its query side separated if need be."""
+        retriever = self.system.retriever
+        if self.config.train_part == "query":
+            retriever.separate_query_encoder()
+        model = LSRModel(retriever, self.config)
+        trained = {id(parameter) for parameter in trained_parameters(model, self.config.freeze_embeddings)}
+        return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in trained}
+
+    def _keep_rows_of(self, ids: set[str]) -> None:
+        if self._rows is not None:
+            self._rows = [row for row in self._rows if row.id in ids] or None
+        # What training makes of the rows: the candidates in force and the scale of the scores.
+        self._candidates = None
+        self._scale = None
 
     def _retrieval_metrics(self) -> dict[str, float]:
         """What is logged every `train.eval_steps`."""

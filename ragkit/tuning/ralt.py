@@ -199,14 +199,7 @@ class RALTTrainer(SystemTrainer):
         eval_rows = self._make_rows(self.eval_data)[0] if self.eval_data is not None else None
         run = self.open_run(resume)
         check_rows(run, rows, resume)
-        if config.method == "lora":
-            generator.model = add_adapter(generator.model, config)
-        elif is_peft_model(generator.model):
-            raise ConfigError(
-                'method: found "full", but the generator carries an adapter; use method="lora" to train it on, '
-                "or merge it first: generator.model = generator.model.merge_and_unload()"
-            )
-        model = generator.model
+        model = self._prepared_model()
         retrievers = self._retriever_modules()
         trained = self._trained_parameters(model)
         use_cache = generator.core.config.use_cache
@@ -219,6 +212,7 @@ class RALTTrainer(SystemTrainer):
                     train_dataset=rows,
                     eval_dataset=eval_rows,
                     data_collator=Collator(generator.pad_id),
+                    callbacks=self.callbacks,
                 )
                 result = run_training(trainer, run, resume=resume)
                 # Takes mixed precision's wrapper off `forward`: inference keeps the model's own number format.
@@ -230,6 +224,28 @@ class RALTTrainer(SystemTrainer):
             generator.core.config.use_cache = use_cache  # the Trainer turns it off
             model.eval()
         return result
+
+    def _prepared_model(self) -> nn.Module:
+        """The generator's model, with the adapter that is to be trained."""
+        generator = self.system.generator
+        if self.config.method == "lora":
+            generator.model = add_adapter(generator.model, self.config)
+        elif is_peft_model(generator.model):
+            raise ConfigError(
+                'method: found "full", but the generator carries an adapter; use method="lora" to train it on, '
+                "or merge it first: generator.model = generator.model.merge_and_unload()"
+            )
+        return generator.model
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """The tensors that `train` moves, by name: the adapter's, or all of the model; adds the adapter if need be."""
+        model = self._prepared_model()
+        trained = {id(parameter) for parameter in self._trained_parameters(model)}
+        return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in trained}
+
+    def _keep_rows_of(self, ids: set[str]) -> None:
+        if self._rows is not None:
+            self._rows = [row for row in self._rows if row.id in ids] or None
 
     def _trained_parameters(self, model: nn.Module) -> list[nn.Parameter]:
         if self.config.method == "full":

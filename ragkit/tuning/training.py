@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ class SystemTrainer(ABC):
         config: The settings.
         run: The run folder; None until training starts.
         left_out: (question id, reason) of the questions that were not trained on.
+        callbacks: `transformers.TrainerCallback`s that each training is given.
     """
 
     trains: ClassVar[Literal["retriever", "generator"]]
@@ -44,6 +46,7 @@ class SystemTrainer(ABC):
         self.run = run
         self._made_run = run is None
         self.left_out: list[tuple[str, str]] = []
+        self.callbacks: list[Any] = []
 
     def _load(self, source: Any) -> QAData:
         return load_qa(source, columns=self.config.data.columns or None)
@@ -54,6 +57,30 @@ class SystemTrainer(ABC):
     @abstractmethod
     def train(self, resume: bool = False) -> TrainResult:
         """Trains the part in place; see the subclass."""
+
+    @abstractmethod
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """The tensors that `train` moves, by name; what they need (an adapter, an own query encoder) is made first."""
+
+    def rows(self) -> Sequence[Any]:
+        """The rows that are trained on; made on the first call."""
+        raise NotImplementedError
+
+    def for_data(self, train_data: Any, eval_data: Any = None) -> SystemTrainer:
+        """A trainer with this one's system, settings and options for other questions, with a run of its own.
+
+        Rows that this trainer has made (or was given) are kept for the questions that both have.
+        """
+        other = copy.copy(self)
+        other.data = self._load(train_data)
+        other.eval_data = None if eval_data is None else self._load(eval_data)
+        other.run, other._made_run = None, True
+        other.left_out, other.callbacks = [], []
+        other._keep_rows_of({example.id for example in other.data})
+        return other
+
+    def _keep_rows_of(self, ids: set[str]) -> None:
+        """Drops what was computed for other questions than these; the subclasses know what that is."""
 
     def evaluate(self, examples: Any = None, **options: Any) -> EvaluationResult:
         """Scores the whole system as it is now.
