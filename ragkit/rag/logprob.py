@@ -56,8 +56,8 @@ def response_logprobs(
     ids, mask = _padded(tails, pad_id)  # [B, T]
     rows: list[int] = []  # of each response token: its row,
     positions: list[int] = []  # and the position that predicts it, one to the left of its own
-    for row, (tail, response) in enumerate(zip(tails, responses, strict=True)):
-        rows += [row] * len(response)
+    for number, (tail, response) in enumerate(zip(tails, responses, strict=True)):
+        rows += [number] * len(response)
         positions += range(len(tail) - len(response) - 1, len(tail) - 1)
     of_row, position = torch.tensor(rows).long(), torch.tensor(positions).long()  # [N]
     targets = ids[of_row, position + 1]  # [N]

@@ -86,7 +86,8 @@ def budget_of(device: torch.device, memory_mib: int | None) -> int:
 
 def common_beginning(prompts: Sequence[Sequence[int]]) -> int:
     """How many tokens all prompts begin with alike; one of each is left out: it must predict the response."""
-    first, last = min(prompts), max(prompts)  # in the order of lists these two differ earliest
+    # In the order of lists the first and the last differ earliest.
+    first, last = min(map(list, prompts)), max(map(list, prompts))
     most = min(map(len, prompts)) - 1
     return next((i for i in range(most) if first[i] != last[i]), most)
 
@@ -109,8 +110,9 @@ def find_groups(
         ([(pairs of a group, tokens they share)], the other pairs).
     """
     members: dict[int, list[int]] = {}
-    for i in pairs if groups is not None else ():
-        members.setdefault(groups[i], []).append(i)
+    if groups is not None:
+        for i in pairs:
+            members.setdefault(groups[i], []).append(i)
     found, taken = [], set()
     for group in members.values():
         shared = common_beginning([prompts[i] for i in group]) if len(group) > 1 else 0

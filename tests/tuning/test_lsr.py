@@ -178,8 +178,8 @@ def test_scores_do_not_depend_on_the_batch_size(system, questions):
     found = system.retriever.retrieve([example.question for example in examples], 3)
     found[1] = found[1][:1]  # rows of unequal K keep their places
     pairs = list(zip(examples, found, strict=True))
-    one = score_passages(system.generator, pairs, LSRConfig(score_batch_size=1))
-    all_at_once = score_passages(system.generator, pairs, LSRConfig(score_batch_size=64))
+    one = score_passages(system.generator, pairs, LSRConfig(score_batch_size=1, score_cache=None))
+    all_at_once = score_passages(system.generator, pairs, LSRConfig(score_batch_size=64, score_cache=None))
     assert [len(row) for row in one] == [3, 1, 3, 3]
     for left, right in zip(one, all_at_once, strict=True):
         assert left == pytest.approx(right, abs=1e-4)
