@@ -2,6 +2,21 @@
 
 from __future__ import annotations
 
-from ragkit_kernels.lsr_loss.reference import DIRECTIONS, lm_distribution, lsr_loss, retrieval_distribution
+from ragkit_kernels.lsr_loss.op import lsr_loss, lsr_loss_from_embeddings
+from ragkit_kernels.lsr_loss.reference import (
+    DIRECTIONS,
+    lm_distribution,
+    lsr_loss_from_embeddings_reference,
+    lsr_loss_reference,
+    retrieval_distribution,
+)
 
-__all__ = ["DIRECTIONS", "lm_distribution", "lsr_loss", "retrieval_distribution"]
+__all__ = [
+    "DIRECTIONS",
+    "lm_distribution",
+    "lsr_loss",
+    "lsr_loss_from_embeddings",
+    "lsr_loss_from_embeddings_reference",
+    "lsr_loss_reference",
+    "retrieval_distribution",
+]

@@ -9,7 +9,7 @@ DIRECTIONS = ("KL(P_R||Q_LM)", "KL(Q_LM||P_R)")
 REDUCTIONS = ("mean", "sum", "none")
 
 
-def lsr_loss(
+def lsr_loss_reference(
     scores: Tensor,
     lm_scores: Tensor,
     gamma: float,
@@ -18,68 +18,50 @@ def lsr_loss(
     mask: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """KL divergence between what the retriever prefers and what the language model finds useful.
-
-    For each question (a row), over its K passages:
-
-        P_R(d)  = softmax_d(scores / gamma)       the retriever's distribution; the gradient goes here only
-        Q_LM(d) = softmax_d(lm_scores / beta)     the teacher's; `lm_scores` is detached
-
-        KL(P_R||Q_LM) = Σ_d P_R(d) [log P_R(d) − log Q_LM(d)]     REPLUG LSR (Shi et al. 2023, arXiv:2301.12652,
-                                                                   section 4), RA-DIT (Lin et al. 2023,
-                                                                   arXiv:2310.01352, section 2.3): seeks the mode
-        KL(Q_LM||P_R) = Σ_d Q_LM(d) [log Q_LM(d) − log P_R(d)]     the cross-entropy direction: covers the mass
-
-    | input     | shape  | meaning                                                         |
-    |-----------|--------|-----------------------------------------------------------------|
-    | scores    | [B, K] | similarity s(q, d) of each passage, with gradient               |
-    | lm_scores | [B, K] | log p_LM(y | d, q) in nats, or its mean per token; never exp'd  |
-    | mask      | [B, K] | True where there is a passage                                   |
-
-    Recommendation: cosine scores lie in [-1, 1], so gamma must be small (0.05 to 0.1) or P_R is nearly flat; with the
-    mean log-probability per token, beta = 1 leaves the teacher as sharp as the LM is.
-
-    Args:
-        scores: [B, K] retrieval scores. Any floating dtype; computed in float32 (float64 stays).
-        lm_scores: [B, K] the teacher's scores in nats.
-        gamma: Temperature of the retriever, > 0.
-        beta: Temperature of the teacher, > 0.
-        direction: One of `DIRECTIONS`; named as it is computed.
-        mask: [B, K] bool, None: all true. A masked entry has probability exactly 0 on both sides, whatever stands in
-            the inputs there (NaN and infinities included). A row without any passage gives 0.
-        reduction: "mean" over the B rows, "sum", or "none" for [B].
-
-    Returns:
-        A scalar, or [B] for "none"; nats, float32 (float64 for float64 scores).
-
-    Raises:
-        ValueError: Shapes that differ, a temperature that is not positive, an unknown direction or reduction.
-
-    Example:
-        >>> scores = torch.tensor([[0.6, 0.5, 0.1]], requires_grad=True)
-        >>> loss = lsr_loss(scores, torch.tensor([[-4.0, -0.5, -3.0]]), gamma=0.1, beta=1.0)
-        >>> loss.backward()
-        >>> bool(scores.grad[0, 1] < 0)  # the score of the passage that helps the LM most is to rise
-        True
-    """
-    _check(scores, lm_scores, mask)
-    if direction not in DIRECTIONS:
-        raise ValueError(f"direction must be one of {', '.join(DIRECTIONS)}; found {direction!r}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; found {reduction!r}")
+    """`op.lsr_loss` in plain PyTorch, with autograd's own gradient."""
+    check(scores, lm_scores, mask, gamma, beta, direction, reduction)
     dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
     log_p = _log_distribution(scores.to(dtype), gamma, mask, "gamma")  # [B, K]
     log_q = _log_distribution(lm_scores.detach().to(dtype), beta, mask, "beta")  # [B, K]
-    if direction == "KL(P_R||Q_LM)":
-        terms = log_p.exp() * (log_p - log_q)
-    else:
-        terms = log_q.exp() * (log_q - log_p)
+    terms = _terms(log_p, log_q) if direction == "KL(P_R||Q_LM)" else _terms(log_q, log_p)
     if mask is not None:
         terms = terms.masked_fill(~mask, 0.0)
-    rows = terms.sum(-1)  # [B, K] -> [B]
+    return reduce(terms.sum(-1), reduction)  # [B, K] -> [B]
+
+
+def _terms(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """a (log a − log b), 0 where a is 0 (0 · log 0 = 0, also for its gradient)."""
+    a = log_a.exp()
+    return a * (log_a.masked_fill(a == 0, 0.0) - log_b.masked_fill(a == 0, 0.0))
+
+
+def lsr_loss_from_embeddings_reference(
+    queries: Tensor,
+    passages: Tensor,
+    lm_scores: Tensor,
+    gamma: float,
+    beta: float,
+    direction: str = "KL(P_R||Q_LM)",
+    mask: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """`op.lsr_loss_from_embeddings` in plain PyTorch: the products, then `lsr_loss_reference`."""
+    check_embeddings(queries, passages, lm_scores, mask)
+    dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32
+    queries, passages = queries.to(dtype), passages.to(dtype)
+    if mask is not None:  # 0 · NaN is NaN, so what takes no part is replaced before the products
+        queries = queries.masked_fill(~mask.any(1, keepdim=True), 0.0)
+        used = mask if passages.ndim == 3 else mask.any(0)
+        passages = passages.masked_fill(~used.unsqueeze(-1), 0.0)
+    scores = torch.einsum("bd,bkd->bk" if passages.ndim == 3 else "bd,kd->bk", queries, passages)
+    return lsr_loss_reference(scores, lm_scores, gamma, beta, direction, mask, reduction)
+
+
+def reduce(losses: Tensor, reduction: str) -> Tensor:
+    """[B] losses to their mean (0 of none), their sum, or as they are."""
     if reduction == "none":
-        return rows
-    return rows.sum() if reduction == "sum" else rows.sum() / max(1, rows.shape[0])
+        return losses
+    return losses.mean() if reduction == "mean" and losses.shape[0] else losses.sum()
 
 
 def retrieval_distribution(scores: Tensor, gamma: float, mask: Tensor | None = None) -> Tensor:
@@ -111,15 +93,14 @@ def lm_distribution(lm_scores: Tensor, beta: float, mask: Tensor | None = None) 
 
 
 def _distribution(scores: Tensor, temperature: float, mask: Tensor | None, name: str) -> Tensor:
-    _check(scores, scores, mask)
+    check_shapes(scores, scores, mask)
     probabilities = _log_distribution(scores, temperature, mask, name).exp()
     return probabilities if mask is None else probabilities.masked_fill(~mask, 0.0)
 
 
 def _log_distribution(scores: Tensor, temperature: float, mask: Tensor | None, name: str) -> Tensor:
     """[B, K] log-probabilities; a masked entry holds a finite filler (0), for the caller to mask out."""
-    if not temperature > 0:
-        raise ValueError(f"{name} must be greater than 0, found {temperature}")
+    _check_temperature(temperature, name)
     if mask is None:
         return torch.log_softmax(scores / temperature, dim=-1)
     # The scores are replaced before the division: a NaN or an infinity behind the mask must not reach the gradient.
@@ -129,10 +110,66 @@ def _log_distribution(scores: Tensor, temperature: float, mask: Tensor | None, n
     return torch.log_softmax(logits, dim=-1).masked_fill(~mask, 0.0)
 
 
-def _check(scores: Tensor, lm_scores: Tensor, mask: Tensor | None) -> None:
+def _check_temperature(temperature: float, name: str) -> None:
+    if not temperature > 0:
+        raise ValueError(f"{name} must be greater than 0, found {temperature}")
+
+
+def check(
+    scores: Tensor, lm_scores: Tensor, mask: Tensor | None, gamma: float, beta: float, direction: str, reduction: str
+) -> None:
+    """Raises ValueError for anything that does not fit, naming the argument."""
+    check_shapes(scores, lm_scores, mask)
+    check_options(gamma, beta, direction, reduction)
+
+
+def check_options(gamma: float, beta: float, direction: str, reduction: str) -> None:
+    """Raises ValueError for a temperature that is not positive, an unknown direction or reduction."""
+    _check_temperature(gamma, "gamma")
+    _check_temperature(beta, "beta")
+    if direction not in DIRECTIONS:
+        raise ValueError(f"direction must be one of {', '.join(DIRECTIONS)}; found {direction!r}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; found {reduction!r}")
+
+
+def check_shapes(scores: Tensor, lm_scores: Tensor, mask: Tensor | None) -> None:
+    """Raises ValueError for scores and mask that do not fit together."""
     if scores.ndim != 2 or scores.shape != lm_scores.shape:
         raise ValueError(
             f"the scores must both be [B, K]; found scores {list(scores.shape)}, lm_scores {list(lm_scores.shape)}"
         )
-    if mask is not None and (mask.shape != scores.shape or mask.dtype != torch.bool):
-        raise ValueError(f"mask must be bool {list(scores.shape)}, found {mask.dtype} {list(mask.shape)}")
+    check_inputs({"scores": scores, "lm_scores": lm_scores}, mask, list(scores.shape))
+
+
+def check_embeddings(queries: Tensor, passages: Tensor, lm_scores: Tensor, mask: Tensor | None = None) -> None:
+    """Raises ValueError for embeddings, teacher's scores and mask that do not fit together."""
+    if queries.ndim != 2 or passages.ndim not in (2, 3):
+        raise ValueError(
+            "queries must be [B, D] and passages [B, K, D], or [C, D] for candidates that all questions share; found "
+            f"{list(queries.shape)} and {list(passages.shape)}"
+        )
+    B, D = queries.shape
+    if passages.shape[-1] != D or (passages.ndim == 3 and passages.shape[0] != B):
+        raise ValueError(
+            f"passages must be [{B}, K, {D}] or [C, {D}] for queries [{B}, {D}], found {list(passages.shape)}"
+        )
+    if queries.dtype != passages.dtype and not torch.is_autocast_enabled(queries.device.type):
+        raise ValueError(f"passages are {passages.dtype}, queries {queries.dtype}; they must be equal")
+    wanted = [B, passages.shape[-2]]
+    if list(lm_scores.shape) != wanted:
+        raise ValueError(f"lm_scores must be {wanted}, one per question and passage; found {list(lm_scores.shape)}")
+    check_inputs({"queries": queries, "passages": passages, "lm_scores": lm_scores}, mask, wanted)
+
+
+def check_inputs(tensors: dict[str, Tensor], mask: Tensor | None, shape: list[int]) -> None:
+    """Raises ValueError for numbers that are no floats, a mask that is not bool `shape`, or a second device."""
+    if mask is not None and (list(mask.shape) != shape or mask.dtype != torch.bool):
+        raise ValueError(f"mask must be bool {shape}, found {mask.dtype} {list(mask.shape)}")
+    (name, first), *_ = tensors.items()
+    for other, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{other} must hold floating-point numbers, found {tensor.dtype}")
+    for other, tensor in {**tensors, **({} if mask is None else {"mask": mask})}.items():
+        if tensor.device != first.device:
+            raise ValueError(f"{other} is on {tensor.device}, {name} on {first.device}; move one of them")
