@@ -54,7 +54,7 @@ def refresh_rows(
         known = {(r.id, p): s for r in rows for p, s in zip(r.passage_ids, r.lm_scores, strict=True)}
     open_pairs = [(by_id[row.id], [p for p in found if (row.id, p.id) not in known]) for row, found in pairs]
     open_pairs = [(example, found) for example, found in open_pairs if found]
-    scores = teacher_scores(system.generator, open_pairs, config, teacher)
+    scores = teacher_scores(system.generator, open_pairs, config, teacher, at_once=True)  # a resumed run's own bits
     for (example, found), values in zip(open_pairs, scores, strict=True):
         known |= {(example.id, passage.id): value for passage, value in zip(found, values, strict=True)}
     new = make_rows(

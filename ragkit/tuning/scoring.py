@@ -18,7 +18,7 @@ FOLDER = "lm_scores"
 
 
 def score_passages(
-    generator: Any, pairs: Sequence[tuple[QAExample, Sequence[Any]]], config: LSRConfig
+    generator: Any, pairs: Sequence[tuple[QAExample, Sequence[Any]]], config: LSRConfig, at_once: bool = False
 ) -> list[list[float]]:
     """log p_LM(response | question, passage) for each passage alone: a prompt holds one passage.
 
@@ -30,6 +30,8 @@ def score_passages(
         pairs: N questions, each with its candidate passages.
         config: prompt, include_eos, score ("logprob" or "mean_logprob"), score_batch_size, score_memory, score_cache
             and output_dir are read.
+        at_once: Keeps the scores when all are made, in place of batch by batch. A scoring that was killed then begins
+            again with the same batches, and ends with the same last bits: they depend on what a batch is padded to.
 
     Returns:
         N lists with one score in nats per passage: the sum over the response's tokens ("logprob"), or their mean.
@@ -40,7 +42,7 @@ def score_passages(
     """
     prompts, responses, owners, names = [], [], [], []
     for number, (example, found) in enumerate(pairs):
-        if not generator.encode_response(example.answer, eos=False, template=config.prompt):
+        if has_no_token(generator, example, config):
             raise DataError(
                 f"question {example.id!r}: its answer {example.answer!r} has no token; leave the question out, or "
                 "correct the answer"
@@ -54,16 +56,22 @@ def score_passages(
             names.append(f"question {example.id!r}, passage {getattr(passage, 'id', passage)!r}: prompt and response")
     folder = cache_folder(config)
     if folder is None:
-        sums = _score(generator, prompts, responses, owners, names, config, None)
+        sums = _score(generator, prompts, responses, owners, names, config, None, at_once)
     else:
         with ScoreCache(folder, lm_digest(generator.model)) as cache:
-            sums = _score(generator, prompts, responses, owners, names, config, cache)
+            sums = _score(generator, prompts, responses, owners, names, config, cache, at_once)
         if cache.read and is_first():
             print(f"{cache.read} LM scores were read from {cache.path}")
     scores: list[list[float]] = [[] for _ in pairs]
     for owner, value, response in zip(owners, sums, responses, strict=True):
         scores[owner].append(value / len(response) if config.score == "mean_logprob" else value)
     return scores
+
+
+def has_no_token(generator: Any, example: QAExample, config: LSRConfig) -> bool:
+    """Whether a response consists of nothing that could be scored: of the EOS token and what stands before it alone."""
+    ids = generator.encode_response(example.answer, eos=False, template=config.prompt)
+    return not ids or not example.answer.strip()
 
 
 def cache_folder(config: LSRConfig) -> Path | None:
@@ -81,6 +89,7 @@ def _score(
     names: Sequence[str],
     config: LSRConfig,
     cache: ScoreCache | None,
+    at_once: bool,
 ) -> list[float]:
     """The sums of the log-probabilities, from the cache where it has them."""
     keys = [pair_key(p, r) for p, r in zip(prompts, responses, strict=True)] if cache is not None else []
@@ -93,7 +102,7 @@ def _score(
     def keep(batch: Sequence[int], values: Tensor) -> None:
         done = [missing[i] for i in batch]
         sums.update(zip(done, values.tolist(), strict=True))
-        if cache is not None:
+        if cache is not None and not at_once:
             cache.put([keys[i] for i in done], values.tolist(), [len(responses[i]) for i in done])
 
     if missing:
@@ -107,4 +116,6 @@ def _score(
             progress="LM scores",
             on_batch=keep,
         )
+        if cache is not None and at_once:
+            cache.put([keys[i] for i in missing], [sums[i] for i in missing], [len(responses[i]) for i in missing])
     return [sums[i] if i in sums else sums[first[keys[i]]] for i in range(len(prompts))]

@@ -25,7 +25,7 @@ from ragkit.files import atomic_dir, atomic_write_json
 from ragkit.rag.loading import digests
 from ragkit.tuning.lsr_objective import LOG_SCORE
 from ragkit.tuning.qa_data import DataError, QAExample
-from ragkit.tuning.scoring import score_passages
+from ragkit.tuning.scoring import has_no_token, score_passages
 
 # (example, its retrieved passages) -> one score in nats per passage, higher where the passage helps more
 TeacherFunction = Callable[[QAExample, Sequence[Any]], Sequence[float]]
@@ -99,7 +99,7 @@ def _usable(
     for example in examples:
         if not example.answer:
             left_out.append((example.id, "no answer"))
-        elif callable(teacher) or generator.encode_response(example.answer, eos=False, template=config.prompt):
+        elif callable(teacher) or not has_no_token(generator, example, config):
             usable.append(example)
         else:  # with the EOS token alone, the LM would be asked how likely it says nothing
             left_out.append((example.id, f"the answer {example.answer!r} has no token"))
@@ -107,7 +107,11 @@ def _usable(
 
 
 def teacher_scores(
-    generator: Any, pairs: Sequence[tuple[QAExample, Sequence[Any]]], config: LSRConfig, teacher: Teacher
+    generator: Any,
+    pairs: Sequence[tuple[QAExample, Sequence[Any]]],
+    config: LSRConfig,
+    teacher: Teacher,
+    at_once: bool = False,
 ) -> list[list[float]]:
     """The scores in nats of each question's passages, checked.
 
@@ -116,6 +120,7 @@ def teacher_scores(
         pairs: N questions with their passages.
         config: As in `build_rows`.
         teacher: As in `build_rows`; "shuffled" gives the LM's scores, not yet permuted.
+        at_once: As in `score_passages`.
 
     Raises:
         DataError: As in `build_rows`.
@@ -125,7 +130,7 @@ def teacher_scores(
     else:
         # Always a logarithm: `teacher_values` takes the exponential, if one is wanted.
         logs = config.model_copy(update={"score": LOG_SCORE[config.score]})
-        scores = score_passages(generator, pairs, logs)
+        scores = score_passages(generator, pairs, logs, at_once)
     for (example, found), values in zip(pairs, scores, strict=True):
         if len(values) != len(found):
             raise DataError(f"the teacher gave {len(values)} scores for {len(found)} passages of {example.id!r}")
