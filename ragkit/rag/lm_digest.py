@@ -76,14 +76,11 @@ def _adapters(core: nn.Module) -> list[Any]:
     """Of each adapter layer: what is on, how strong, and what is merged into the weight already."""
     found = []
     for name, module in core.named_modules():
-        if hasattr(module, "active_adapters") and hasattr(module, "disable_adapters"):
-            scaling = getattr(module, "scaling", {})
-            strengths = [str(scaling.get(a)) if isinstance(scaling, dict) else "" for a in module.active_adapters]
-            found.append(
-                [name, list(module.active_adapters), strengths, bool(module.disable_adapters), _merged(module)]
-            )
+        active = getattr(module, "active_adapters", None)
+        if not isinstance(active, list | tuple):  # of a transformers model it is a method
+            continue
+        scaling = getattr(module, "scaling", None)
+        strengths = [str(scaling.get(a)) for a in active] if isinstance(scaling, dict) else []
+        merged = [str(a) for a in getattr(module, "merged_adapters", [])]
+        found.append([name, list(active), strengths, bool(getattr(module, "disable_adapters", False)), merged])
     return found
-
-
-def _merged(module: Any) -> list[str]:
-    return [str(name) for name in getattr(module, "merged_adapters", [])]

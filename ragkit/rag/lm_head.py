@@ -192,6 +192,8 @@ def _try_out(core: Any, head: nn.Linear, state: tuple[Any, ...]) -> _Reading:
                 handle.remove()
     if hidden is None or len(replaced) != 1 or own.shape != (1, 8, weight.shape[0]):
         return _Reading(state, problem="its logits are not made from the hidden states of its layers alone")
+    if not torch.isfinite(own).all():
+        return _Reading(state, problem="its logits are not finite")
     tolerance = TOLERANCE.get(weight.dtype, 1e-3)
     for scale, cap in _candidates(core):
         reading = LMHead(weight, head.bias, scale, cap)
