@@ -54,11 +54,11 @@ REFUSED = {
     "router_mapping": "models with routes are not trained",
     "dataloader_drop_last": "the last, smaller batch is trained on too",
 }
-# Read by other rows of this module, or set by FedRAG itself whatever the user says.
+# Read elsewhere in this module, or set by FedRAG or transformers themselves whatever the user says.
 ELSEWHERE = {
     *("output_dir", "max_steps", "save_strategy", "save_steps", "eval_strategy", "eval_steps", "do_eval"),
     *("bf16", "fp16", "gradient_checkpointing", "activation_checkpointing", "lr_scheduler_type", "warmup_ratio"),
-    *("report_to", "remove_unused_columns", "logging_strategy"),
+    *("report_to", "remove_unused_columns", "logging_strategy", "dataloader_pin_memory"),
 }
 UNUSED = {
     "per_device_eval_batch_size": "evaluation uses per_device_train_batch_size",

@@ -44,7 +44,7 @@ class SamplingGenerator(Generator):
         for name in ("transformers_version", "pad_token_id", "_from_model_config"):
             self.decoding.pop(name, None)
         for name, reason in REFUSED.items():
-            if self.decoding.get(name) not in (None, False, 1):
+            if self.decoding.get(name) not in (None, False, 1 if name == "num_return_sequences" else None):
                 raise ValueError(f"generation_config.{name}: found {self.decoding[name]!r}; {reason}")
         wanted = self.decoding.pop("max_new_tokens", None) or DEFAULT_NEW_TOKENS
         super().__init__(max_new_tokens=wanted, **arguments)

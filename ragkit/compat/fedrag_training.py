@@ -85,7 +85,12 @@ class HuggingFaceTrainerForLSR(LSRTrainer):
             )
         made, self.unused_arguments = _settings(LSRConfig, core, config, training_arguments)
         super().__init__(core, train_dataset, made, eval_data=eval_dataset)
-        self.rag_system, self.train_dataset, self.training_arguments = rag_system, train_dataset, training_arguments
+        self.rag_system, self.training_arguments = rag_system, training_arguments
+
+    @property
+    def train_dataset(self) -> QAData:
+        """The training data, as ragkit has read them."""
+        return self.data
 
     @property
     def model(self) -> Any:
@@ -138,7 +143,12 @@ class HuggingFaceTrainerForRALT(RALTTrainer):
         if config is None:
             made.method = "lora" if is_peft_model(core.generator.model) else "full"
         super().__init__(core, train_dataset, made, eval_data=eval_dataset)
-        self.rag_system, self.train_dataset, self.training_arguments = rag_system, train_dataset, training_arguments
+        self.rag_system, self.training_arguments = rag_system, training_arguments
+
+    @property
+    def train_dataset(self) -> QAData:
+        """The training data, as ragkit has read them."""
+        return self.data
 
     @property
     def model(self) -> Any:
