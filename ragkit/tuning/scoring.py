@@ -69,7 +69,7 @@ def score_passages(
 
 
 def has_no_token(generator: Any, example: QAExample, config: LSRConfig) -> bool:
-    """Whether a response consists of nothing that could be scored: of the EOS token and what stands before it alone."""
+    """Whether there is nothing to score in a response: only the EOS token and what stands before every response."""
     ids = generator.encode_response(example.answer, eos=False, template=config.prompt)
     return not ids or not example.answer.strip()
 
