@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ragkit_kernels.lsr_loss.reference import DIRECTIONS
 
+BLOCK = 1 << 16  # scores that are handled together on a CPU: what the formula makes of them stays in the cache
+
 
 def accumulate(x: Tensor) -> torch.dtype:
     """The dtype of the numbers: float32, or float64 where the scores are."""
@@ -31,6 +33,23 @@ def loss_forward(
     Returns:
         losses [B] and d losses / d scores [B, K], float32 (float64 for float64 scores).
     """
+    B, K = scores.shape
+    rows = max(1, BLOCK // max(1, K)) if scores.device.type == "cpu" else B
+    if B <= rows:
+        return _rows(scores, lm_scores, mask, gamma, beta, direction)
+    dtype = accumulate(scores)
+    losses, dscores = scores.new_empty(B, dtype=dtype), scores.new_empty(B, K, dtype=dtype)
+    for first in range(0, B, rows):
+        part = slice(first, first + rows)
+        kept = None if mask is None else mask[part]
+        losses[part], dscores[part] = _rows(scores[part], lm_scores[part], kept, gamma, beta, direction)
+    return losses, dscores
+
+
+def _rows(
+    scores: Tensor, lm_scores: Tensor, mask: Tensor | None, gamma: float, beta: float, direction: str
+) -> tuple[Tensor, Tensor]:
+    """`loss_forward` of a few rows."""
     dtype = accumulate(scores)
     log_p = _log_softmax(scores, mask, gamma, dtype)
     log_q = _log_softmax(lm_scores, mask, beta, dtype)
