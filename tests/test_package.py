@@ -66,7 +66,7 @@ ROOMS = [
     ["ragkit.processes", "ragkit.trained_part", "ragkit.run_callback", "ragkit.engine"],
     ["ragkit.prompts", "ragkit.metrics", "ragkit.intervals", "ragkit.evaluation", "ragkit.plots"],
     ["ragkit.rag", "ragkit.graph"],
-    ["ragkit.tuning", "ragkit.gfm"],
+    ["ragkit.tuning", "ragkit.gfm", "ragkit.federated"],
     [
         "ragkit.compat",
         "ragkit.console",

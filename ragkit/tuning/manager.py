@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from ragkit.engine import TrainResult
 from ragkit.evaluation import EvaluationResult
+from ragkit.federated.config import FederatedConfig
+from ragkit.federated.task import FederatedTask
 from ragkit.tuning.training import SystemTrainer
 
 MODES: dict[str, tuple[str, str]] = {
@@ -87,6 +89,20 @@ class TrainerManager:
     def evaluate(self, examples: Any = None, **options: Any) -> EvaluationResult:
         """Scores the system with the trainer of the current mode; see its `evaluate`."""
         return self.trainer.evaluate(examples, **options)
+
+    def get_federated_task(self, **settings: Any) -> FederatedTask:
+        """The training of the current mode as a federated one, on Flower (extra `federated`, Python 3.11 or later).
+
+        Args:
+            **settings: Those of `FederatedConfig`: rounds, local_steps, strategy, privacy, ...
+
+        Returns:
+            A task: `task.simulate(num_clients)` runs it here; `ragkit.federated.apps` makes it a Flower app.
+
+        Raises:
+            ConfigError: An unknown setting or a value out of its range.
+        """
+        return FederatedTask(self.trainer, FederatedConfig(**settings))
 
     def __repr__(self) -> str:
         return f"TrainerManager(mode={self.mode!r}, trainer={self.trainer!r})"

@@ -62,9 +62,9 @@ class SystemTrainer(ABC):
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """The tensors that `train` moves, by name; what they need (an adapter, an own query encoder) is made first."""
 
+    @abstractmethod
     def rows(self) -> Sequence[Any]:
         """The rows that are trained on; made on the first call."""
-        raise NotImplementedError
 
     def for_data(self, train_data: Any, eval_data: Any = None) -> SystemTrainer:
         """A trainer with this one's system, settings and options for other questions, with a run of its own.
@@ -79,8 +79,9 @@ class SystemTrainer(ABC):
         other._keep_rows_of({example.id for example in other.data})
         return other
 
+    @abstractmethod
     def _keep_rows_of(self, ids: set[str]) -> None:
-        """Drops what was computed for other questions than these; the subclasses know what that is."""
+        """Drops what was computed for other questions than these."""
 
     def evaluate(self, examples: Any = None, **options: Any) -> EvaluationResult:
         """Scores the whole system as it is now.

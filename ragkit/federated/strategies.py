@@ -1,0 +1,139 @@
+"""Flower's strategies and privacy wrappers by name, with names and parameters checked."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from ragkit.federated.config import FederatedConfig
+from ragkit.federated.errors import FederatedError
+from ragkit.optional import require
+
+# All of Flower's that average tensors; the ones for trees (FedXgb...) have nothing to do here.
+STRATEGIES = (
+    "FedAvg",
+    "FedProx",
+    "FedAdam",
+    "FedYogi",
+    "FedAdagrad",
+    "FedAvgM",
+    "FedMedian",
+    "FedTrimmedAvg",
+    "Krum",
+    "MultiKrum",
+    "Bulyan",
+    "QFedAvg",
+)
+WRAPPERS = {
+    "server-fixed": "DifferentialPrivacyServerSideFixedClipping",
+    "server-adaptive": "DifferentialPrivacyServerSideAdaptiveClipping",
+    "client-fixed": "DifferentialPrivacyClientSideFixedClipping",
+    "client-adaptive": "DifferentialPrivacyClientSideAdaptiveClipping",
+}
+EXAMPLES = "num-examples"
+EQUAL = "equal-weight"
+LOCAL_PRIVACY = ("clipping_norm", "sensitivity", "epsilon", "delta")
+
+
+def make_strategy(config: FederatedConfig, num_clients: int) -> Any:
+    """The Flower strategy of the settings, wrapped for privacy where they say so.
+
+    With privacy all clients weigh the same: the noise is calibrated to a mean over clients, and a weight by number of
+    rows would let a large client exceed the bound.
+
+    Args:
+        config: strategy, strategy_options, privacy, privacy_options, min_clients and client_evaluation are read.
+        num_clients: Clients of the federation; the number of sampled clients where privacy_options names none.
+
+    Raises:
+        FederatedError: An unknown strategy or parameter, or a parameter that Flower refuses.
+    """
+    library = require("flwr.serverapp.strategy", extra="federated")
+    if config.strategy not in STRATEGIES:
+        folded = {name.lower(): name for name in STRATEGIES}
+        near = difflib.get_close_matches(config.strategy.lower(), folded, n=1)
+        hint = f"; did you mean {folded[near[0]]!r}?" if near else ""
+        raise FederatedError(f"strategy: found {config.strategy!r}, expected one of {', '.join(STRATEGIES)}{hint}")
+    defaults = {
+        "min_train_nodes": config.min_clients,
+        "min_evaluate_nodes": 1,
+        "min_available_nodes": config.min_clients,
+        "fraction_evaluate": 1.0 if config.client_evaluation else 0.0,
+        "weighted_by_key": EQUAL if config.privacy in WRAPPERS else EXAMPLES,
+    }
+    strategy = _build(
+        getattr(library, config.strategy), {**defaults, **config.strategy_options}, "strategy_options", config.strategy
+    )
+    if config.privacy is None:
+        return strategy
+    if config.privacy == "local":
+        _check_local(config.privacy_options)
+        return strategy
+    options = {"num_sampled_clients": num_clients, **config.privacy_options}
+    return _build(
+        getattr(library, WRAPPERS[config.privacy]), options, "privacy_options", config.privacy, strategy=strategy
+    )
+
+
+def privacy_settings(config: FederatedConfig) -> dict[str, str | float]:
+    """What the clients must know of the privacy, for the message's config."""
+    if config.privacy is None:
+        return {}
+    settings: dict[str, str | float] = {"privacy": config.privacy}
+    if config.privacy == "local":
+        settings |= {f"privacy-{name}": float(config.privacy_options[name]) for name in LOCAL_PRIVACY}
+    return settings
+
+
+def privacy_mod(message: Any, context: Any, call_next: Callable[[Any, Any], Any]) -> Any:
+    """The client's side of the privacy that the server's message asks for, by Flower's own modifiers."""
+    config = message.content["config"]
+    kind = config.get("privacy")
+    if kind not in ("client-fixed", "client-adaptive", "local"):
+        return call_next(message, context)
+    mods = require("flwr.clientapp.mod", extra="federated")
+    if kind == "local":
+        mod = mods.LocalDpMod(**{name: float(config[f"privacy-{name}"]) for name in LOCAL_PRIVACY})
+    else:
+        mod = mods.fixedclipping_mod if kind == "client-fixed" else mods.adaptiveclipping_mod
+    return mod(message, context, call_next)
+
+
+def _build(kind: Callable[..., Any], options: Mapping[str, Any], setting: str, name: str, **given: Any) -> Any:
+    parameters = inspect.signature(kind).parameters
+    known = [key for key in parameters if key not in given]
+    for key in options:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise FederatedError(f"{setting}: {name} has no parameter {key!r}; it has {', '.join(known)}{hint}")
+    missing = [
+        key
+        for key, parameter in parameters.items()
+        if parameter.default is inspect.Parameter.empty and key not in options and key not in given
+    ]
+    if missing:
+        raise FederatedError(f"{setting}: {name} needs {_and(missing)}; give {setting}={{{missing[0]!r}: ...}}")
+    try:
+        return kind(**given, **options)
+    except (TypeError, ValueError) as error:
+        raise FederatedError(f"{setting}: {name} refuses {dict(options)}: {error}") from error
+
+
+def _check_local(options: Mapping[str, Any]) -> None:
+    wrong = [key for key in options if key not in LOCAL_PRIVACY]
+    missing = [key for key in LOCAL_PRIVACY if key not in options]
+    if wrong or missing:
+        found = f"no parameter {wrong[0]!r} is known" if wrong else f"{_and(missing)} must be given"
+        raise FederatedError(f"privacy_options of local privacy: {found}; they are {', '.join(LOCAL_PRIVACY)}")
+    mods = require("flwr.clientapp.mod", extra="federated")
+    try:
+        mods.LocalDpMod(**{name: float(options[name]) for name in LOCAL_PRIVACY})
+    except (TypeError, ValueError) as error:
+        raise FederatedError(f"privacy_options of local privacy: {dict(options)}: {error}") from error
+
+
+def _and(names: Iterable[str]) -> str:
+    return " and ".join(map(repr, names))
