@@ -59,7 +59,7 @@ _LEFT_OUT = {  # metric: why a question has none
 # ---- a system's scores ----
 
 
-@dataclass
+@dataclass(repr=False)
 class EvaluationResult:
     """Scores of one system.
 
@@ -151,7 +151,7 @@ class EvaluationResult:
                 notes.append(f"{left_out} {why}")
         return f"{len(self.ids)} questions" + (f", of them {' and '.join(notes)}" if notes else "")
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return f"{text_table(self._table())}\n{self._note()}"
 
     def _repr_html_(self) -> str:
@@ -234,7 +234,7 @@ def _answer_values(
 # ---- before and after ----
 
 
-@dataclass
+@dataclass(repr=False)
 class Comparison:
     """Scores of several systems on the same questions, and their differences from the first.
 
@@ -285,7 +285,7 @@ class Comparison:
             rows.append([*row, str(self.difference[metric].n)])
         return rows
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return f"{text_table(self._table())}\n{_STAR}"
 
     def _repr_html_(self) -> str:
