@@ -23,7 +23,7 @@ Everything is done by ragkit's own parts; each object here gives the one behind 
 | HuggingFaceRAGTrainerManager (…TrainerManager) | TrainerManager                                         | itself  |
 | LSRLoss                                      | ragkit_kernels.lsr_loss                                  |         |
 | DataCollatorForLSR, DataCollatorForRALT      | LSRTrainer.rows(), RALTTrainer.rows()                    |         |
-| manager.get_federated_task()                 | TrainerManager.get_federated_task()                      | itself  |
+| HuggingFaceFLTask (.get_federated_task())    | ragkit.federated: FederatedTask                          | itself  |
 | transformers.TrainingArguments               | TrainConfig                                              |         |
 
 What is not the same, and why:
@@ -42,7 +42,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ragkit.compat.fedrag_generator import HFPeftModelGenerator, HFPretrainedModelGenerator
+from ragkit.compat.fedrag_federated import HuggingFaceFLTask
+from ragkit.compat.fedrag_generator import HFPeftModelGenerator, HFPretrainedModelGenerator, as_template
 from ragkit.compat.fedrag_loss import DataCollatorForLSR, DataCollatorForRALT, LSRLoss, ReductionMode
 from ragkit.compat.fedrag_names import NOT_HERE
 from ragkit.compat.fedrag_nodes import KnowledgeNode, NodeType, RAGResponse, SourceNode
@@ -63,6 +64,7 @@ __all__ = [
     "HFPeftModelGenerator",
     "HFPretrainedModelGenerator",
     "HFSentenceTransformerRetriever",
+    "HuggingFaceFLTask",
     "HuggingFaceRAGTrainerManager",
     "HuggingFaceTrainerForLSR",
     "HuggingFaceTrainerForRALT",
@@ -79,6 +81,7 @@ __all__ = [
     "RAGTrainMode",
     "ReductionMode",
     "SourceNode",
+    "as_template",
 ]
 
 

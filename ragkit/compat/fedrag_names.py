@@ -21,7 +21,7 @@ NOT_HERE = {
     "UnslothFastModelGenerator": "use HFPretrainedModelGenerator; RALTConfig(method='lora') makes the adapter",
     "PyTorchRAGTrainerManager": "use HuggingFaceRAGTrainerManager: its trainers train any torch model of the system",
     "federate": "a trainer needs no decorator here; use manager.get_federated_task()",
-    "HuggingFaceFLTask": "use manager.get_federated_task()",
+    "build_finetune_dataset": "HuggingFaceTrainerForRALT(rag_system, examples).rows() are the training instances",
     "PyTorchFLTask": "use manager.get_federated_task()",
     "Benchmarker": _BENCHMARK,
     "ExactMatchEvaluationMetric": f"ragkit.evaluation.exact_match(text, answers) is the metric; {_BENCHMARK}",

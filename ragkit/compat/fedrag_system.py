@@ -26,7 +26,8 @@ class RAGSystem:
     """A knowledge store, a retriever and a generator.
 
     Everything is done by `core`, a `ragkit.RAGSystem` of the same parts: it can be saved, evaluated and trained with
-    ragkit's own names.
+    ragkit's own names. Of a `prompt_template` of your own, `core.save` keeps the text; give the loaded system the rest
+    of it too: `loaded.template = as_template(text)`, or its prompts have numbered passages as other texts do.
 
     Args:
         generator: Answers.

@@ -6,6 +6,7 @@ from enum import Enum
 from typing import Any, TypeVar
 
 from ragkit.compat.fedrag_arguments import convert_arguments
+from ragkit.compat.fedrag_federated import HuggingFaceFLTask
 from ragkit.compat.fedrag_names import refuse_unknown
 from ragkit.compat.fedrag_system import core_of
 from ragkit.config import ConfigError, LSRConfig, RALTConfig, TrainConfig
@@ -45,7 +46,26 @@ class RAGTrainMode(str, Enum):
     GENERATOR = "generator"
 
 
-class HuggingFaceTrainerForLSR(LSRTrainer):
+class _FedRAGNames:
+    """What FedRAG's trainers are asked for by name."""
+
+    data: QAData
+
+    @property
+    def train_dataset(self) -> QAData:
+        """The training data, as ragkit has read them."""
+        return self.data
+
+    @property
+    def hf_trainer_obj(self) -> Any:
+        """Not here: an error that says what to use."""
+        raise AttributeError(
+            "hf_trainer_obj: the transformers.Trainer is made when train() is called; trainer.rows() are its training "
+            "rows, trainer.callbacks.append(...) takes a TrainerCallback"
+        )
+
+
+class HuggingFaceTrainerForLSR(_FedRAGNames, LSRTrainer):
     """Trains the retriever (`ragkit.LSRTrainer`, whose settings and controls it has).
 
     By default with ragkit's temperatures and direction, which are the papers'; `config=LSRConfig(preset="fedrag")`
@@ -88,11 +108,6 @@ class HuggingFaceTrainerForLSR(LSRTrainer):
         self.rag_system, self.training_arguments = rag_system, training_arguments
 
     @property
-    def train_dataset(self) -> QAData:
-        """The training data, as ragkit has read them."""
-        return self.data
-
-    @property
     def model(self) -> Any:
         """The encoder that is trained."""
         return next(iter(self.system.retriever.trainable_modules("query").values()))
@@ -107,10 +122,12 @@ class HuggingFaceTrainerForLSR(LSRTrainer):
         """
         data = _to_evaluate(self, examples)
         supported = any(example.supporting for example in data)
-        return super().evaluate(data, **{"generate": not supported, "retrieve": supported, **options})
+        options.setdefault("generate", not supported)
+        options.setdefault("retrieve", supported or not options["generate"])
+        return super().evaluate(data, **options)
 
 
-class HuggingFaceTrainerForRALT(RALTTrainer):
+class HuggingFaceTrainerForRALT(_FedRAGNames, RALTTrainer):
     """Trains the generator (`ragkit.RALTTrainer`, whose settings and controls it has).
 
     As FedRAG does, all weights of a `HFPretrainedModelGenerator` and the adapter of a `HFPeftModelGenerator`;
@@ -146,11 +163,6 @@ class HuggingFaceTrainerForRALT(RALTTrainer):
         self.rag_system, self.training_arguments = rag_system, training_arguments
 
     @property
-    def train_dataset(self) -> QAData:
-        """The training data, as ragkit has read them."""
-        return self.data
-
-    @property
     def model(self) -> Any:
         """The language model that is trained."""
         return self.system.generator.model
@@ -160,7 +172,8 @@ class HuggingFaceTrainerForRALT(RALTTrainer):
         answer; `examples` None: `eval_dataset`."""
         data = _to_evaluate(self, examples)
         supported = any(example.supporting for example in data)
-        return super().evaluate(data, **{"retrieve": supported, **options})
+        options.setdefault("retrieve", supported or not options.get("generate", True))
+        return super().evaluate(data, **options)
 
 
 class HuggingFaceRAGTrainerManager(TrainerManager):
@@ -203,6 +216,11 @@ class HuggingFaceRAGTrainerManager(TrainerManager):
     def model(self) -> Any:
         """The model that `train` trains."""
         return getattr(self.trainer, "model", None)
+
+    def get_federated_task(self, **settings: Any) -> HuggingFaceFLTask:
+        """The training of the current mode as a federated one; see `ragkit.TrainerManager.get_federated_task`."""
+        task = super().get_federated_task(**settings)
+        return HuggingFaceFLTask(task.trainer, task.config, task.folder)
 
 
 HuggingFaceTrainerManager = HuggingFaceRAGTrainerManager  # as the first version of FedRAG's quick start calls it

@@ -159,7 +159,7 @@ def test_trainers_alone_as_in_an_earlier_page(make_fedrag, rows, in_tmp, weights
 def test_every_name_is_there_or_says_what_to_use():
     for name in fedrag.__all__:
         assert getattr(fedrag, name) is not None
-        if name not in ("LoadKwargs", "RAGTrainMode", "ReductionMode"):
+        if name not in ("LoadKwargs", "RAGTrainMode", "ReductionMode", "as_template"):
             assert name in fedrag.__doc__ or f"…{name.removeprefix('HuggingFace')}" in fedrag.__doc__, name
     with pytest.raises(ImportError, match=r"ragkit has no AsyncRAGSystem: use RAGSystem; await asyncio.to_thread"):
         from ragkit.compat.fedrag import AsyncRAGSystem  # noqa: F401

@@ -217,14 +217,18 @@ def test_an_empty_store_answers_without_sources(make_fedrag):
     assert response.source_nodes == [] and isinstance(response.response, str)
 
 
-def test_the_core_is_saved_and_loaded(make_fedrag, tmp_path):
+@pytest.mark.parametrize("text", [None, "{context}\nQ: {query}\nA:"])
+def test_the_core_is_saved_and_loaded(text, make_fedrag, tmp_path):
     from ragkit import RAGSystem as Core
+    from ragkit.compat.fedrag import as_template
 
-    rag = make_fedrag()
+    rag = make_fedrag(prompt_template=text)
     rag.core.save(tmp_path / "saved")
-    loaded = Core.load(tmp_path / "saved", device="cpu")
+    loaded = Core.load(tmp_path / "saved", device=str(rag.generator.model.device))
+    if text is not None:
+        loaded.template = as_template(text)
+    assert loaded.template == rag.core.template and loaded.config.top_k == 2
     assert loaded.query("Peru?").text == rag.query("Peru?").response
-    assert loaded.config.top_k == 2
 
 
 def test_parts_of_other_kinds_are_named(make_fedrag, encoder_folder):

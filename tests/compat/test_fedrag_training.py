@@ -275,11 +275,15 @@ def test_unknown_arguments_are_told_their_place(make_fedrag, rows):
         ),
         (HuggingFaceTrainerForLSR, {"temperature": 0.1}, r"there are two: config=LSRConfig\(gamma="),
         (HuggingFaceTrainerForLSR, {"nonsense": 1}, "it takes rag_system, train_dataset, training_arguments"),
+        (HuggingFaceTrainerForLSR, {"loss": "x"}, r"it is set by config=LSRConfig\(gamma"),
+        (HuggingFaceTrainerForRALT, {"data_collator": "x"}, "the generator's prompt_template sets the prompt"),
         (HuggingFaceTrainerForRALT, {"training_argument": None}, "did you mean 'training_arguments'"),
         (HuggingFaceTrainerForRALT, {"lora_r": 4}, r"config=RALTConfig\(lora_r=...\)"),
     ]:
         with pytest.raises(TypeError, match=f"{kind.__name__}: unknown argument .*{message}"):
             kind(rag, [rows], **given)
+    with pytest.raises(AttributeError, match="hf_trainer_obj: the transformers.Trainer is made when train"):
+        HuggingFaceTrainerForLSR(rag, [rows]).hf_trainer_obj  # noqa: B018
     with pytest.raises(TypeError, match="rag_system: expected a RAGSystem, found NoneType"):
         HuggingFaceTrainerForLSR(None, [rows])
     with pytest.raises(DataError, match="no column for the answer"):
@@ -305,3 +309,37 @@ def test_manager_contract(make_fedrag, rows):
     assert manager.system is rag.core and manager.model is rag.retriever.encoder
     manager.mode = "generator"
     assert manager.model is rag.generator.model
+
+
+# ---- federated ----
+
+
+@pytest.mark.parametrize("mode", ["retriever", "generator"])
+def test_the_federated_task_trains_what_it_is_given(mode, make_fedrag, rows, quiet, weights, same):
+    pytest.importorskip("flwr")
+    rag = make_fedrag()
+    lsr, ralt = HuggingFaceTrainerForLSR(rag, [rows], quiet), HuggingFaceTrainerForRALT(rag, [rows], quiet)
+    manager = HuggingFaceRAGTrainerManager(mode=mode, retriever_trainer=lsr, generator_trainer=ralt)
+    task = manager.get_federated_task(rounds=1, local_steps=1)
+    model, frozen = manager.model, rag.generator.model if mode == "retriever" else rag.retriever.encoder
+    before, untouched = weights(model), weights(frozen)
+    result = task.simulate(num_clients=2)
+    each = 1 if mode == "retriever" else 2  # RALT: an instance for each of two passages
+    assert sorted(result.clients.values()) == [each, 2 * each]  # three questions, dealt to two clients
+    assert result.loss > 0 and not result.failures
+    assert manager.model is model and not same(model, before) and same(frozen, untouched)
+    held = model.state_dict()
+    for name, tensor in result.weights.items():  # the system holds the common weights
+        matching = [key for key in held if name.endswith(key) or key.endswith(name)]
+        assert len(matching) == 1 and torch.equal(held[matching[0]].cpu(), tensor.cpu())
+
+
+def test_flowers_first_api_is_told_apart(make_fedrag, rows):
+    rag = make_fedrag()
+    manager = HuggingFaceRAGTrainerManager(mode="retriever", retriever_trainer=HuggingFaceTrainerForLSR(rag, [rows]))
+    task = manager.get_federated_task()
+    for side, call in [("server", task.server), ("client", task.client)]:
+        with pytest.raises(RuntimeError, match=rf"fl_task.{side}\(...\) belongs .*simulate\(.*apps.{side}_app\(build"):
+            call(model=manager.model, train_dataset=rows)
+    with pytest.raises(ConfigError, match='unknown key "round" .*did you mean "rounds"'):
+        manager.get_federated_task(round=3)
