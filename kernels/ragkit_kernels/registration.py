@@ -8,7 +8,7 @@ from torch import Tensor
 
 def no_second_derivative(ctx, *grads):
     """Autograd formula of a backward op: a sentence instead of a wrong gradient."""
-    raise RuntimeError("the graph kernels have no second derivative; use backend='reference' for it")
+    raise RuntimeError("the fused kernels have no second derivative; use backend='reference' for it")
 
 
 def register_autocast(name: str, floats: tuple[int, ...]) -> None:
