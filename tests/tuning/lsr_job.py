@@ -16,7 +16,7 @@ from torch import nn
 from ragkit.config import LSRConfig, RAGConfig
 from ragkit.rag import Generator, MemoryStore, Passage, RAGSystem
 from ragkit.runs import Run
-from ragkit.tuning import refresh, teacher
+from ragkit.tuning import teacher
 from ragkit.tuning.lsr import LSRTrainer
 
 PLACES = "Peru Ghana Norway Japan Kenya Chile Latvia Qatar Cuba Fiji Nepal Oman".split()
@@ -105,7 +105,7 @@ def tokenizer():
 def make_system():
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    passages = [Passage(f"{p}-{w}", f"the {w} of {p}") for p in PLACES for w in WORDS]
+    passages = [Passage(f"{p}-{w}", f"the {w} of {p}" + " yes" * (len(p) % 4)) for p in PLACES for w in WORDS]
     tok = tokenizer()
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -134,8 +134,8 @@ def settings(folder, name="run", **changes):
         "save_total_limit": 9,
         **changes.pop("train", {}),
     }
-    values = {"top_k": 4, "refresh_steps": 3, "output_dir": str(folder), "name": name, "gamma": 0.1, **changes}
-    return LSRConfig(**values, train=train)
+    values = {"top_k": 4, "refresh_steps": 3, "output_dir": str(folder), "name": name, "gamma": 0.1}
+    return LSRConfig(**{**values, "score_batch_size": 7, **changes}, train=train)
 
 
 def make_trainer(config, run=None, **options):
@@ -156,17 +156,19 @@ def hang_while(what):
 
         teacher.save_file = half
     else:
-        scores = refresh.teacher_scores
-        calls = []
+        ask, calls = Generator.sequence_logprob, []
 
-        def slow(*args):
-            calls.append(1)
-            values = scores(*args)
-            if len(calls) == 2:
-                wait()
-            return values
+        def slow(*args, on_batch, **options):
+            calls.append(1)  # the initial rows, then the two refreshes
 
-        refresh.teacher_scores = slow
+            def after(*batch):
+                on_batch(*batch)
+                if len(calls) == 3:
+                    wait()
+
+            return ask(*args, on_batch=after, **options)
+
+        Generator.sequence_logprob = slow
 
 
 def wait():
