@@ -123,7 +123,7 @@ def convert_arguments(arguments: Any) -> Converted:
     _read_the_rest(arguments, changed, made)
     if made.unused:
         listed = "".join(f"\n  {name}={_shown(value)}: {reason}" for name, value, reason in made.unused)
-        warnings.warn(f"these training_arguments are not used:{listed}", stacklevel=5)
+        warnings.warn(f"these training_arguments are not used:{listed}", stacklevel=4)
     return made
 
 

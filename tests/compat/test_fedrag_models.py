@@ -67,9 +67,11 @@ def test_a_retriever_and_a_store_may_be_part_of_two_systems(make_fedrag):
     assert all(core.query_encoder is cores[0].query_encoder and not core.shared for core in cores)
     cores[0].mark_stale()
     assert all(core.stale for core in cores)
+    old = first.knowledge_store.store
     cores[0].refresh()  # fills a new ragkit store, which the knowledge store must hold now
     assert [core.stale for core in cores] == [False, True, False]
     assert first.knowledge_store.store is cores[0].store is cores[2].store is not cores[1].store
+    assert first.knowledge_store.store is not old
     assert first.knowledge_store.count == 4 and first.retrieve("Peru")
     fourth = make_fedrag(retriever=first.retriever, store=second.knowledge_store).core.retriever
     assert fourth.stale  # joining does not make a stale store fit

@@ -96,6 +96,7 @@ def test_what_is_not_used_is_listed(tmp_path):
     with pytest.warns(UserWarning) as caught:
         made = convert_arguments(given)
     text = str(caught[0].message)
+    assert caught[0].category is UserWarning and len(caught) == 1
     assert {name for name, _, _ in made.unused} >= {"run_name", "dataloader_num_workers", "torch_compile"}
     assert "run_name='x': the run folder is named by the time" in text and "dataloader_num_workers=3" in text
     for name, value, word in [
@@ -307,8 +308,10 @@ def test_manager_contract(make_fedrag, rows):
         HuggingFaceRAGTrainerManager(mode="retriever", retriever_trainer=lsr, rag_system=rag)
     manager = HuggingFaceRAGTrainerManager("retriever", lsr, ralt)
     assert manager.system is rag.core and manager.model is rag.retriever.encoder
-    manager.mode = "generator"
+    manager.mode = RAGTrainMode.GENERATOR
     assert manager.model is rag.generator.model
+    manager.mode = "retriever"
+    assert manager.model is rag.retriever.encoder
 
 
 # ---- federated ----
