@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -144,7 +145,7 @@ serverapp = "{package}.server_app:app"
 clientapp = "{package}.client_app:app"
 
 [tool.flwr.app.config]
-rounds = {rounds}
+{settings}
 """
 
 SIDE = '''\
@@ -176,21 +177,24 @@ def build(context):
 '''
 
 
-def write_app(folder: str | Path, task: str | None = None, rounds: int = 3, publisher: str = "me") -> Path:
+def write_app(folder: str | Path, task: str | None = None, publisher: str = "me", **settings: Any) -> Path:
     """Writes the folder of a Flower app: `flwr run FOLDER` then trains on the SuperNodes of a SuperLink.
 
     Args:
         folder: New folder; its name becomes the app's.
         task: Python source of the module that defines `build(context) -> FederatedTask`, for both sides; None: an
             example to fill in.
-        rounds: Default of `rounds` in the app's run config.
         publisher: Name of who publishes the app, as Flower asks for.
+        **settings: Those of `FederatedConfig`, for the app's run config; what is written there can be overridden with
+            `flwr run FOLDER --run-config "rounds=10"`, so rounds, num_clients and min_clients always are.
 
     Returns:
         The folder: pyproject.toml and a package with task.py, client_app.py and server_app.py.
 
     Raises:
-        FederatedError: The folder holds files already, or its name cannot be a package's.
+        FederatedError: The folder holds files already, its name cannot be a package's, or a setting is a mapping,
+            which a run config cannot hold (`build` can set it).
+        ConfigError: An unknown setting or a value out of its range.
     """
     folder = Path(folder)
     package = folder.name.replace("-", "_").lower()
@@ -198,9 +202,19 @@ def write_app(folder: str | Path, task: str | None = None, rounds: int = 3, publ
         raise FederatedError(f"{folder.name!r} cannot be an app's name: use letters, digits, - and _")
     if folder.exists() and any(folder.iterdir()):
         raise FederatedError(f"{folder} holds files already; choose a new folder")
+    config = FederatedConfig(**settings)
+    values = {"rounds": config.rounds, "num_clients": config.num_clients or 2, "min_clients": config.min_clients}
+    values |= config.explicit()
+    for key, value in values.items():
+        if not isinstance(value, (str, int, float)):
+            raise FederatedError(f"{key}: a run config cannot hold {value!r}; let build(context) set it")
     (folder / package).mkdir(parents=True, exist_ok=True)
-    name = package.replace("_", "-")
-    pyproject = PYPROJECT.format(name=name, package=package, rounds=rounds, publisher=publisher)
+    pyproject = PYPROJECT.format(
+        name=package.replace("_", "-"),
+        package=package,
+        publisher=publisher,
+        settings="\n".join(f"{key.replace('_', '-')} = {json.dumps(value)}" for key, value in values.items()),
+    )
     atomic_write_text(folder / "pyproject.toml", pyproject)
     atomic_write_text(folder / package / "__init__.py", '"""A Flower app."""\n')
     atomic_write_text(folder / package / "task.py", TASK if task is None else task)

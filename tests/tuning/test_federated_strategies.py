@@ -1,0 +1,176 @@
+"""Flower's strategies and privacy by name, on clients whose training is a known step; and who gets which rows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("flwr")
+
+from ragkit.federated import apps  # noqa: E402
+from ragkit.federated.config import FederatedConfig  # noqa: E402
+from ragkit.federated.errors import FederatedError  # noqa: E402
+from ragkit.federated.partition import partition_rows  # noqa: E402
+from ragkit.federated.strategies import STRATEGIES  # noqa: E402
+from ragkit.federated.task import FederatedTask  # noqa: E402
+from ragkit.tuning.qa_data import load_qa  # noqa: E402
+
+ROWS = [{"id": f"r{i}", "question": f"q{i}?", "answer": "a", "owner": "abc"[min(i % 4, 2)]} for i in range(12)]
+SIZE = 2000
+
+
+class Stub:
+    """As much of a trainer as the server and its clients ask for; its weights are plain parameters."""
+
+    trains = "generator"
+
+    def __init__(self, folder, rows=ROWS):
+        from ragkit.config import RALTConfig
+
+        self.config = RALTConfig(output_dir=str(folder))
+        self.data, self.eval_data = load_qa(rows), None
+        self.weights = {"w": torch.nn.Parameter(torch.zeros(SIZE)), "b": torch.nn.Parameter(torch.tensor(1.0))}
+
+    def trained_parameters(self):
+        return self.weights
+
+    def for_data(self, data, eval_data=None):
+        other = Stub(self.config.output_dir)
+        other.data = data
+        return other
+
+
+@pytest.fixture
+def simulate(tmp_path, monkeypatch):
+    """simulate(steps): each client moves its weights by its own step; returns the result."""
+
+    def run(steps, parts, rounds=1, **settings):
+        def train(trainer, given, orders, folder, name):
+            moved = {key: tensor + steps[int(name)] for key, tensor in given.items()}
+            return moved, {"num-examples": len(trainer.data), "train_loss": 1.0, "steps": 1, "seconds": 0.0}
+
+        monkeypatch.setattr(apps, "train_round", train)
+        owners = [client for client, count in enumerate(parts) for _ in range(count)]
+        task = FederatedTask(Stub(tmp_path, ROWS[: len(owners)]), FederatedConfig(rounds=rounds, **settings))
+        return task.simulate(partition=owners)
+
+    return run
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy_aggregates(simulate, name):
+    steps, parts = [0.1, 0.2, 0.3, 0.4, 5.0], [2, 2, 2, 2, 4]
+    options = {"QFedAvg": {"client_learning_rate": 0.1}, "FedTrimmedAvg": {"beta": 0.2}}.get(name, {})
+    if name in ("Krum", "MultiKrum"):
+        options = {"num_malicious_nodes": 1}
+    moved = float(simulate(steps, parts, strategy=name, strategy_options=options).weights["w"].mean())
+    expected = {
+        "FedAvg": (2 * sum(steps[:4]) + 4 * steps[4]) / 12,
+        "FedProx": (2 * sum(steps[:4]) + 4 * steps[4]) / 12,
+        "FedMedian": 0.3,
+        "FedTrimmedAvg": 0.3,
+    }
+    assert np.isfinite(moved) and moved > 0
+    if name in expected:
+        assert moved == pytest.approx(expected[name], rel=1e-5)
+    if "Krum" in name:
+        assert moved < 0.5  # the outlier was left out
+
+
+@pytest.mark.parametrize("kind", ["server-fixed", "client-fixed", "server-adaptive", "client-adaptive"])
+def test_privacy_clips_each_clients_update(simulate, kind):
+    """Without noise: two updates of norm far above the bound become the mean of two of that norm, unweighted."""
+    norm = "clipping_norm" if "fixed" in kind else "initial_clipping_norm"
+    options = {"noise_multiplier": 0.0, norm: 0.5}
+    result = simulate([1.0, -3.0, 2.0], [1, 2, 3], privacy=kind, privacy_options=options)
+    unit = 0.5 / np.sqrt(SIZE + 1)
+    assert float(result.weights["w"].mean()) == pytest.approx((unit - unit + unit) / 3, rel=1e-3)
+    assert f"{kind} differential privacy" in repr(result)
+
+
+def test_the_servers_noise_is_new_in_each_round_and_of_the_right_size(simulate):
+    options = {"noise_multiplier": 2.0, "clipping_norm": 0.5}
+    first = simulate([0.0001] * 4, [1] * 4, 1, privacy="server-fixed", privacy_options=options).weights["w"]
+    both = simulate([0.0001] * 4, [1] * 4, 2, privacy="server-fixed", privacy_options=options).weights["w"]
+    second = both - first
+    for noise in (first, second):
+        assert float(noise.std()) == pytest.approx(2.0 * 0.5 / 4, rel=0.1)
+    assert abs(float(np.corrcoef(first, second)[0, 1])) < 0.1
+
+
+def test_clients_draw_noise_of_their_own(simulate):
+    """Were the noise of local privacy the same in all clients (each has seeded NumPy alike), a mean would not help."""
+    options = {"clipping_norm": 1.0, "sensitivity": 1.0, "epsilon": 1.0, "delta": 1e-2}
+    deviation = np.sqrt(2 * np.log(1.25 / 1e-2))
+    four = simulate([0.0001] * 4, [1] * 4, privacy="local", privacy_options=options).weights["w"]
+    assert float(four.std()) == pytest.approx(deviation / 2, rel=0.1)
+    again = simulate([0.0001] * 4, [1] * 4, privacy="local", privacy_options=options).weights["w"]
+    assert torch.equal(four, again)
+
+
+def test_with_privacy_a_failed_client_leaves_the_weights_as_they_were(simulate):
+    """Flower's wrappers then aggregate nothing: the noise is calibrated to all clients."""
+    options = {"noise_multiplier": 0.0, "clipping_norm": 0.5}
+    result = simulate([1.0, None], [1, 1], privacy="server-fixed", privacy_options=options)  # 1 + None raises
+    assert len(result.failures) == 1 and torch.equal(result.weights["w"], torch.zeros(SIZE))
+
+
+# ---- who has which rows ----
+
+
+def test_iid_parts_are_even_seeded_and_in_order():
+    data = load_qa(ROWS)
+    parts = partition_rows(data, 5, "iid", seed=3)
+    assert sorted(map(len, parts)) == [2, 2, 2, 3, 3]
+    ids = [[example.id for example in part] for part in parts]
+    assert sorted(sum(ids, [])) == sorted(example.id for example in data)
+    assert all(row == sorted(row, key=lambda r: int(r[1:])) for row in ids)
+    assert ids == [[e.id for e in part] for part in partition_rows(data, 5, "iid", seed=3)]
+    assert ids != [[e.id for e in part] for part in partition_rows(data, 5, "iid", seed=4)]
+    assert [e.id for e in partition_rows(data, 1, "iid")[0]] == [e.id for e in data]
+
+
+def test_a_column_keeps_its_values_together():
+    data = load_qa(ROWS)  # a: 3 rows, b: 3, c: 6
+    three = partition_rows(data, None, "owner")
+    assert [{e.metadata["owner"] for e in part} for part in three] == [{"c"}, {"a"}, {"b"}]
+    two = partition_rows(data, 2, "owner")
+    assert [len(part) for part in two] == [6, 6] and {e.metadata["owner"] for e in two[0]} == {"c"}
+    with pytest.raises(FederatedError, match="found 3 values .c?.*cannot be dealt to 4 clients"):
+        partition_rows(data, 4, "owner")
+    with pytest.raises(FederatedError, match="has no such column .it has 'owner'.*did you mean 'owner'"):
+        partition_rows(data, 2, "ower")
+
+
+def test_given_parts():
+    data = load_qa(ROWS)
+    numbers = [0] * 5 + [1] * 7
+    assert [len(part) for part in partition_rows(data, None, numbers)] == [5, 7]
+    named = partition_rows(data, 2, [["r3", "r1"], ["r2"]])
+    assert [[e.id for e in part] for part in named] == [["r1", "r3"], ["r2"]]
+    own = partition_rows(data, 2, [ROWS[:2], ROWS[5:]])
+    assert [len(part) for part in own] == [2, 7]
+    with pytest.raises(FederatedError, match="client 1 has no rows"):
+        partition_rows(data, 3, [0] * 6 + [2] * 6)
+    with pytest.raises(FederatedError, match="client number 2, expected 0 to 1"):
+        partition_rows(data, 2, [0] * 6 + [2] * 6)
+    with pytest.raises(FederatedError, match="'r99', unknown here"):
+        partition_rows(data, 2, [["r99"], ["r2"]])
+    with pytest.raises(FederatedError, match="'r2' is given to clients 0, 1"):
+        partition_rows(data, 2, [["r2"], ["r2"]])
+    with pytest.raises(FederatedError, match="needs num_clients"):
+        partition_rows(data, None)
+
+
+def test_an_app_folder_is_written_once(tmp_path):
+    folder = apps.write_app(tmp_path / "my-app", rounds=7)
+    assert sorted(p.name for p in (folder / "my_app").iterdir()) == [
+        "__init__.py", "client_app.py", "server_app.py", "task.py"]  # fmt: skip
+    assert "rounds = 7" in (folder / "pyproject.toml").read_text()
+    for path in (folder / "my_app").glob("*.py"):
+        compile(path.read_text(), str(path), "exec")
+    with pytest.raises(FederatedError, match="holds files already"):
+        apps.write_app(folder)
+    with pytest.raises(FederatedError, match="cannot be an app's name"):
+        apps.write_app(tmp_path / "9 lives")
