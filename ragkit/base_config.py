@@ -94,6 +94,18 @@ class RAGConfig(Config):
     prompt: str = setting(
         "sources", "Name of a prompt template, or a text that holds {question} and {passages}.", min_length=1
     )
+    answer_from: Literal["joined", "ensemble"] = setting(
+        "joined",
+        "How the generator reads its passages: all in one prompt, or each in a prompt of its own with the predictions "
+        "mixed by how well it was retrieved (RA-DIT, REPLUG).",
+    )
+    ensemble_gamma: float = setting(
+        0.05,
+        "Temperature of the weights of an ensemble: softmax(similarity / ensemble_gamma).",
+        unit="similarity",
+        gt=0,
+        le=100,
+    )
     chat_template: bool = setting(False, "Wraps the prompt in the tokenizer's chat template.")
     system_prompt: str | None = setting(None, "System message of the chat template; null: none.")
     max_new_tokens: int = setting(32, "Longest answer.", unit="tokens", ge=1)

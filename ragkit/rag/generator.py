@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoTokenizer, GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from ragkit.files import atomic_dir
 from ragkit.prompts import PromptTemplate, fit, get_template
+from ragkit.rag.ensemble import EnsembleProcessor, ensemble_batches
 from ragkit.rag.loading import (
     can_keep_name,
     digests,
@@ -218,7 +219,36 @@ class Generator:
                 answers[i] = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
         return answers
 
-    def _generate_batch(self, prompts: list[list[int]], limit: int) -> Tensor:
+    def generate_ensemble(
+        self,
+        prompts: Sequence[Sequence[Sequence[int]]],
+        weights: Sequence[Sequence[float]],
+        max_new_tokens: int | None = None,
+    ) -> list[str]:
+        """Greedy answers from several prompts a question, whose next-token distributions are mixed.
+
+        Args:
+            prompts: For each question its prompts as token ids, one a passage; see `EnsembleProcessor`.
+            weights: For each question the weight of each prompt, adding up to 1.
+            max_new_tokens: Longest answer; the generator's own by default.
+
+        Returns:
+            One answer a question. As many questions go through the model at once as their prompts fit into
+            `batch_size`, one at least.
+
+        Raises:
+            ValueError: A question without a prompt, or with another number of weights.
+        """
+        limit = self.max_new_tokens if max_new_tokens is None else max_new_tokens
+        answers = [""] * len(prompts)
+        for batch in ensemble_batches(prompts, weights, self.batch_size):
+            mix = EnsembleProcessor([weights[i] for i in batch], self.device)
+            new = self._generate_batch([list(ids) for i in batch for ids in prompts[i]], limit, mix).tolist()
+            for i, row in zip(batch, mix.first_rows, strict=True):  # all rows of a question are the same
+                answers[i] = self.tokenizer.decode(new[row], skip_special_tokens=True).strip()
+        return answers
+
+    def _generate_batch(self, prompts: list[list[int]], limit: int, mix: EnsembleProcessor | None = None) -> Tensor:
         width = max(map(len, prompts))
         assert self.pad_id is not None  # checked when the generator was made
         ids = torch.full((len(prompts), width), self.pad_id)  # [B, T]
@@ -229,11 +259,15 @@ class Generator:
         model, own = self.core, self.core.generation_config
         # `generate` fills what a given configuration leaves open from the model's own (temperature, penalties, ...),
         # so the model's own is put aside for the call.
-        model.generation_config = self._decoding(limit)
+        # A sampled token would differ among the prompts that are mixed.
+        model.generation_config = self._decoding(limit) if mix is None else Generator._decoding(self, limit)
         try:
             with torch.no_grad(), evaluating(model), quiet():
                 out = model.generate(  # type: ignore[operator]
-                    input_ids=ids.to(self.device), attention_mask=mask.to(self.device), tokenizer=self.tokenizer
+                    input_ids=ids.to(self.device),
+                    attention_mask=mask.to(self.device),
+                    tokenizer=self.tokenizer,
+                    logits_processor=LogitsProcessorList([] if mix is None else [mix]),
                 )
         finally:
             model.generation_config = own

@@ -16,6 +16,7 @@ from ragkit.config import RAGConfig
 from ragkit.files import atomic_dir
 from ragkit.prompts import get_template
 from ragkit.rag.corpus import Passage, RetrievedPassage, load_corpus
+from ragkit.rag.ensemble import passage_weights
 from ragkit.rag.generator import Generator
 from ragkit.rag.hybrid import UnknownRetriever, load_retriever, retriever_kind
 from ragkit.rag.loading import resolve_device
@@ -138,15 +139,26 @@ class RAGSystem:
         return self.batch_generate([question], [passages])[0]
 
     def batch_generate(self, questions: Sequence[str], passages: Sequence[Sequence[Any]]) -> list[str]:
-        """The answer to each question from its passages. Passages that are too long together are cut to fit."""
+        """The answer to each question from its passages, as `config.answer_from` says.
+
+        With "joined" all passages of a question stand in one prompt, best first, and are cut where they are too long
+        together. With "ensemble" each stands in a prompt of its own, and the predictions are mixed with the weights
+        softmax(score / config.ensemble_gamma), or equally where passages have no score.
+        """
         if len(questions) != len(passages):
             raise ValueError(f"{len(questions)} questions, but passages for {len(passages)}")
         generator = self.generator
-        prompts = [
-            generator.encode_prompt(self.template, question, given, reserve=generator.max_new_tokens)
-            for question, given in zip(questions, passages, strict=True)
-        ]
-        return generator.generate_ids(prompts)
+
+        def encode(question: str, given: Sequence[Any]) -> list[int]:
+            return generator.encode_prompt(self.template, question, given, reserve=generator.max_new_tokens)
+
+        pairs = list(zip(questions, passages, strict=True))
+        if self.config.answer_from == "joined":
+            return generator.generate_ids([encode(question, given) for question, given in pairs])
+        alone = [[encode(q, [passage]) for passage in given] if given else [encode(q, [])] for q, given in pairs]
+        gamma = self.config.ensemble_gamma
+        weights = [passage_weights(given, gamma) if given else [1.0] for _, given in pairs]
+        return generator.generate_ensemble(alone, weights)
 
     def query(self, question: str, top_k: int | None = None) -> Answer:
         """Retrieves, then answers."""
