@@ -90,7 +90,7 @@ class LSRConfig(Config):
     )
     score_memory: int | None = setting(
         None,
-        "Memory for one forward pass of the LM while it scores, by estimate; null: 256 on a CPU, half of what is free "
+        "Memory for one forward pass of the LM while it scores, by estimate; null: 48 on a CPU, half of what is free "
         "on a GPU.",
         unit="MiB",
         ge=1,

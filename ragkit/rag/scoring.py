@@ -12,14 +12,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ragkit.rag.lm_head import read_head
 from ragkit.rag.loading import evaluating
 from ragkit.rag.logprob import SharingError, response_logprobs
 from ragkit.rag.scoring_plan import Batch, Cost, budget_of, bytes_of, find_groups, plan
 
 # Largest difference of a token's log-prob that two ways of computing it may have before one of them is wrong.
 SAME = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
-CPU_LOGITS = 2**21  # numbers in one block of logits on a CPU (8 MiB): larger ones are no faster there
 
 _can_share: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
@@ -57,7 +55,7 @@ def score_responses(
         pad_id: Fills batches up.
         batch_size: Most pairs at once.
         max_length: Most tokens of a pair.
-        memory_mib: For one forward pass, by estimate; None: 256 on a CPU, half of what is free on a GPU. Where a GPU
+        memory_mib: For one forward pass, by estimate; None: 48 on a CPU, half of what is free on a GPU. Where a GPU
             runs out of memory nonetheless, the batches are halved.
         groups: Of each pair, the number of its question: the beginning that all prompts of a question have in common
             is computed once where that saves a quarter of the work. None: nothing is shared.
@@ -82,11 +80,9 @@ def score_responses(
 
     def run(batch: Batch) -> Tensor:
         chosen = [prompts[i] for i in batch.pairs], [responses[i] for i in batch.pairs]
-        return response_logprobs(core, *chosen, pad_id, batch.shared, chunk_rows)
+        return response_logprobs(core, *chosen, pad_id, batch.shared)
 
     with torch.no_grad(), evaluating(core), _bar(progress, len(scored)) as bar:
-        head = read_head(core)
-        chunk_rows = max(8, CPU_LOGITS // head.weight.shape[0]) if head and core.device.type == "cpu" else None
         cost, budget = Cost.of(core), budget_of(core.device, memory_mib)
         grouped, alone = find_groups(prompts, responses, groups, scored)
         if grouped and not _sharing_works(core, grouped, run, responses):

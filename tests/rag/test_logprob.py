@@ -139,3 +139,19 @@ def test_adapters_that_prepend_tokens_are_refused(tiny_lm, tokenizer):
     model = get_peft_model(tiny_lm, PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
     with pytest.raises(ValueError, match="prepends virtual tokens"):
         Generator(model, tokenizer)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_scored_from_its_own_hidden_states(tiny_lm, tokenizer, pairs, dtype):
+    """The logits go into the log-sum-exp in float32, so the scores are nearer to the truth than the model's loss."""
+    model = tiny_lm.to(dtype)
+    found = Generator(model, tokenizer).sequence_logprob(*pairs)
+    for value, prompt, response in zip(found.tolist(), *pairs, strict=True):
+        with torch.no_grad():
+            hidden = model.model(input_ids=torch.tensor([prompt + response])).last_hidden_state[
+                0, len(prompt) - 1 : -1
+            ]
+        logits = hidden.double() @ model.lm_head.weight.double().T
+        wanted = logits.log_softmax(-1).gather(1, torch.tensor(response).unsqueeze(1)).sum().item()
+        # What is left is the rounding of the layers in a batch of other shape.
+        assert value == pytest.approx(wanted, abs=(0.3 if dtype == torch.bfloat16 else 0.04) * len(response))

@@ -213,7 +213,7 @@ def test_the_bar_is_silent_where_it_should_be(generator, pairs, monkeypatch, cap
 
 def test_budgets(generator):
     assert budget_of(torch.device("cpu"), 3) == 3 * 2**20
-    assert budget_of(torch.device("cpu"), None) == 256 * 2**20
+    assert budget_of(torch.device("cpu"), None) == 48 * 2**20
     cost = Cost.of(generator.core)
     assert cost.token > 32 * 4 * 4 and cost.cached == 2 * 2 * 2 * 8 * 4
     generator.core.config._attn_implementation = "eager"
