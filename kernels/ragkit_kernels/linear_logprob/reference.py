@@ -2,83 +2,98 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
-
-# One chunk of logits holds about this many numbers (128 MiB in float32) unless the caller says otherwise.
-CHUNK_LOGITS = 2**25
 
 
-def token_logprobs(
+def token_logprobs_reference(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
+    *,
     bias: Tensor | None = None,
-    chunk_rows: int | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
 ) -> Tensor:
-    """Log-probability of one target token per row, without ever holding all the logits.
+    """`token_logprobs` of all rows, written down as it is defined: with all [T, V] logits, and any derivative.
 
-    For row n with hidden state h_n and target t_n, over a vocabulary of V rows w_v (and biases b_v):
-
-        log p(t_n | h_n) = h_n·w_t + b_t − log Σ_v exp(h_n·w_v + b_v)
-
-    which is minus the token's cross-entropy. The idea of keeping only a block of the logits is that of Cut
-    Cross-Entropy (Wijmans et al. 2024, arXiv:2411.09009, section 4) and of Liger-Kernel's fused linear cross-entropy
-    (Hsu et al. 2024, arXiv:2410.10989); here the blocks are runs of rows. In the backward pass each block is computed
-    again, so training keeps no more logits than scoring does.
-
-    Args:
-        hidden: [N, D] hidden states at the positions that predict the targets, any floating dtype.
-        weight: [V, D] the head's weight, same dtype and device as `hidden`.
-        targets: [N] int64 token ids in 0..V-1.
-        bias: [V] the head's bias, or None.
-        chunk_rows: Rows whose logits exist at once (a block of chunk_rows × V). None: as many as make 2**25 logits,
-            128 MiB in float32.
-
-    Returns:
-        [N] log-probabilities in nats, float32 (float64 if the inputs are float64). The logits are made in the inputs'
-        dtype, as the model's own head makes them, and go into the log-sum-exp in float32.
-
-    Raises:
-        ValueError: Shapes that do not fit together, a target outside the vocabulary, or chunk_rows < 1.
+    Products are made in float32 (float64 stays) whatever the inputs' dtype, so that this is an oracle for narrow ones
+    as well. A target that is neither in the vocabulary nor `ignore_index` gives NaN.
     """
-    _check(hidden, weight, targets, bias, chunk_rows)
-    rows, vocabulary = hidden.shape[0], weight.shape[0]
-    step = chunk_rows or max(1, CHUNK_LOGITS // max(1, vocabulary))
-    parts = []
-    for start in range(0, max(rows, 1), step):  # one empty block for N = 0 keeps dtype, device and graph
-        block, wanted = hidden[start : start + step], targets[start : start + step]  # [C, D], [C]
-        if torch.is_grad_enabled() and rows > step:
-            parts.append(
-                checkpoint(_block, block, weight, wanted, bias, use_reentrant=False, preserve_rng_state=False)
-            )
-        else:
-            parts.append(_block(block, weight, wanted, bias))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)  # [N]
+    wide = accumulate(hidden)
+    logits = torch.nn.functional.linear(hidden.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
+    inner, outer = scaling(logit_scale, softcap, temperature)
+    logits = logits * outer if inner is None else outer * torch.tanh(logits * inner)  # [T, V]
+    valid = (targets >= 0) & (targets < weight.shape[0])
+    picked = logits.log_softmax(-1).gather(1, torch.where(valid, targets, 0).unsqueeze(1)).squeeze(1)  # [T]
+    picked = torch.where(valid, picked, math.nan)
+    return torch.where(targets == ignore_index, 0.0, picked)
 
 
-def _block(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> Tensor:
-    logits = torch.nn.functional.linear(hidden, weight, bias)  # [C, D] x [V, D] -> [C, V]
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    picked = logits.gather(1, targets[:, None]).squeeze(1)  # [C, V] -> [C]
-    return picked - logits.logsumexp(1)  # [C]
+def accumulate(x: Tensor) -> torch.dtype:
+    """The dtype of logits and log-sum-exp."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, chunk_rows: int | None) -> None:
+def scaling(logit_scale: float, softcap: float | None, temperature: float) -> tuple[float | None, float]:
+    """(inner, outer) with z = outer · tanh(inner · a), or z = outer · a where inner is None."""
+    if softcap is None:
+        return None, logit_scale / temperature
+    return logit_scale / softcap, softcap / temperature
+
+
+def check(hidden: Tensor, weight: Tensor, targets: Tensor, positions: Tensor | None, bias: Tensor | None) -> None:
+    """Raises ValueError for tensors that do not fit together, naming the argument."""
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             "token_logprobs wants hidden [N, D] and weight [V, D] with one D; "
             f"found {list(hidden.shape)} and {list(weight.shape)}"
         )
-    if targets.shape != hidden.shape[:1]:
-        raise ValueError(f"token_logprobs wants targets [{hidden.shape[0]}], found {list(targets.shape)}")
+    if not weight.shape[0]:
+        raise ValueError("token_logprobs wants a weight with at least one row, found a vocabulary of 0 tokens")
+    rows = hidden.shape[:1] if positions is None else positions.shape
+    named = {"targets": (targets, rows), "positions": (positions, rows)}
+    for name, (tensor, shape) in named.items():
+        if tensor is not None and (tensor.ndim != 1 or tensor.shape != shape):
+            raise ValueError(f"token_logprobs wants {name} {list(shape)}, found {list(tensor.shape)}")
+        if tensor is not None and tensor.dtype != torch.int64:
+            raise ValueError(f"token_logprobs wants int64 {name}, found {tensor.dtype}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"token_logprobs wants bias [{weight.shape[0]}], found {list(bias.shape)}")
+    for name, tensor in {"weight": weight, "targets": targets, "positions": positions, "bias": bias}.items():
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(f"{name} is on {tensor.device}, hidden is on {hidden.device}; they must be equal")
+    for name, tensor in {"hidden": hidden, "weight": weight, "bias": bias}.items():
+        if tensor is not None and not tensor.is_floating_point():
+            raise ValueError(f"{name} must hold floating-point numbers, found {tensor.dtype}")
+    if weight.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+        raise ValueError(f"weight is {weight.dtype}, hidden is {hidden.dtype}; they must be equal outside autocast")
+
+
+def check_options(logit_scale: float, softcap: float | None, temperature: float, chunk_rows: int | None) -> None:
+    """Raises ValueError for a number that makes no sense, naming it."""
+    if not math.isfinite(logit_scale):
+        raise ValueError(f"logit_scale must be a finite number, found {logit_scale}")
+    for name, value in {"softcap": softcap, "temperature": temperature}.items():
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} must be greater than 0, found {value}")
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows must be at least 1, found {chunk_rows}")
-    if targets.device.type == "cpu" and targets.numel():  # on a GPU this test would wait for the device
-        low, high = int(targets.min()), int(targets.max())
-        if low < 0 or high >= weight.shape[0]:
-            wrong = low if low < 0 else high
-            raise ValueError(f"target {wrong} is outside the vocabulary 0..{weight.shape[0] - 1}")
+
+
+def check_targets(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
+    """Raises ValueError for a target outside the vocabulary. It waits for the tensor's device."""
+    wrong = targets[((targets < 0) | (targets >= vocabulary)) & (targets != ignore_index)]
+    if wrong.numel():
+        raise ValueError(f"target {int(wrong[0])} is outside the vocabulary 0..{vocabulary - 1}")
+
+
+def check_positions(positions: Tensor, rows: int) -> None:
+    """Raises ValueError for a position outside `hidden`. It waits for the tensor's device."""
+    wrong = positions[(positions < 0) | (positions >= rows)]
+    if wrong.numel():
+        raise ValueError(f"position {int(wrong[0])} is outside the rows 0..{rows - 1} of hidden")
