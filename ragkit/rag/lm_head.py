@@ -7,7 +7,6 @@ the parts make the same logits as the model is not believed but tried out, once 
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -52,25 +51,26 @@ class LMHead:
         logits = nn.functional.linear(hidden, self.weight, self.bias) * self.logit_scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
-    def token_logprobs(self, hidden: Tensor, targets: Tensor, **options: Any) -> Tensor:
+    def token_logprobs(
+        self, hidden: Tensor, targets: Tensor, positions: Tensor | None = None, **options: Any
+    ) -> Tensor:
         """`ragkit_kernels.linear_logprob.token_logprobs` with this head.
 
         Args:
-            hidden: [N, D] hidden states at the positions that predict the targets.
-            targets: [N] int64 token ids.
+            hidden: [N, D] hidden states.
+            targets: [T] int64 token ids.
+            positions: [T] int64, the rows of `hidden` that predict the targets; None: all rows, T = N.
             **options: `temperature`, `ignore_index`, `chunk_rows`, ... of the operator.
 
         Returns:
-            float32 [N], in nats; differentiable.
+            float32 [T], in nats; differentiable.
         """
-        hidden, targets = hidden.to(self.weight.device), targets.to(self.weight.device)
-        if not torch.is_autocast_enabled(hidden.device.type):
+        device = self.weight.device
+        hidden, targets = hidden.to(device), targets.to(device)
+        positions = positions if positions is None else positions.to(device)
+        if not torch.is_autocast_enabled(device.type):
             hidden = hidden.to(self.weight.dtype)
-        if "softcap" in inspect.signature(token_logprobs).parameters:
-            return token_logprobs(hidden, self.weight, targets, **self.arguments(), **options)
-        if self.logit_scale == 1 and self.softcap is None:
-            return token_logprobs(hidden, self.weight, targets, bias=self.bias)
-        return torch.log_softmax(self.logits(hidden).float(), -1).gather(1, targets[:, None]).squeeze(1)
+        return token_logprobs(hidden, self.weight, targets, positions, **self.arguments(), **options)
 
     def arguments(self) -> dict[str, Any]:
         """bias, logit_scale and softcap as the operators of `linear_logprob` take them."""

@@ -28,7 +28,6 @@ def response_logprobs(
     responses: Sequence[Sequence[int]],
     pad_id: int,
     shared: Sequence[tuple[int, int]] = (),
-    chunk_rows: int | None = None,
 ) -> Tensor:
     """The log-probability of each response after its prompt, summed over its tokens.
 
@@ -40,7 +39,6 @@ def response_logprobs(
         shared: Runs of pairs whose prompts begin alike, as (pairs, tokens that they share): the beginning of each run
             is computed once. The runs make up the batch, and at least one token of each prompt stands after it. ():
             nothing is shared.
-        chunk_rows: Response tokens whose logits exist at once; None: the operator's choice.
 
     Returns:
         float64 [B], in nats; differentiable where gradients are on.
@@ -52,33 +50,35 @@ def response_logprobs(
         raise ValueError("an empty prompt predicts nothing: a prompt needs at least one token")
     device = model.device
     starts = [tokens for pairs, tokens in shared for _ in range(pairs)] or [0] * len(prompts)
-    tails = [[*p[start:], *r] for p, r, start in zip(prompts, responses, starts, strict=True)]
+    # The last token of a response predicts nothing that is asked for.
+    tails = [[*p[start:], *r[:-1]] for p, r, start in zip(prompts, responses, starts, strict=True)]
     ids, mask = _padded(tails, pad_id)  # [B, T]
     rows: list[int] = []  # of each response token: its row,
     positions: list[int] = []  # and the position that predicts it, one to the left of its own
-    for number, (tail, response) in enumerate(zip(tails, responses, strict=True)):
+    for number, (prompt, response, start) in enumerate(zip(prompts, responses, starts, strict=True)):
         rows += [number] * len(response)
-        positions += range(len(tail) - len(response) - 1, len(tail) - 1)
+        positions += range(len(prompt) - start - 1, len(prompt) - start - 1 + len(response))
     of_row, position = torch.tensor(rows).long(), torch.tensor(positions).long()  # [N]
-    targets = ids[of_row, position + 1]  # [N]
-    ids, mask, row, position, targets = (t.to(device) for t in (ids, mask, of_row, position, targets))
+    targets = torch.tensor([token for response in responses for token in response]).long()  # [N]
+    width = ids.shape[1]
+    ids, mask, targets = ids.to(device), mask.to(device), targets.to(device)
     options: dict[str, Any] = {"attention_mask": mask}
     if shared:
         options = _after_beginnings(model, prompts, shared, starts, pad_id, mask)
     head = read_head(model)
     if head is not None:
         hidden = hidden_states(model, ids, **options)  # [B, T, D]
-        logprobs = head.token_logprobs(hidden[row, position], targets, chunk_rows=chunk_rows)  # [N]
+        place = (of_row * width + position).to(device)  # [N]
+        logprobs = head.token_logprobs(hidden.flatten(0, 1), targets, place)  # [N]
     else:
         # Only the logits from the first needed position on, where the model can leave the others out.
-        start, width = min(positions, default=0), ids.shape[1]
+        first = min(positions, default=0)
         if "logits_to_keep" in inspect.signature(core_of(model).forward).parameters:
-            options["logits_to_keep"] = torch.arange(start, width, device=device)
+            options["logits_to_keep"] = torch.arange(first, width, device=device)
         options.setdefault("use_cache", False)
-        logits = model(input_ids=ids, **options).logits  # [B, width - start, V]
-        if logits.shape[1] == width:
-            start = 0
-        logprobs = torch.log_softmax(logits[row, position - start].float(), dim=-1)  # [N, V]
+        logits = model(input_ids=ids, **options).logits  # [B, width - first, V]
+        place = (of_row * logits.shape[1] + position - (width - logits.shape[1])).to(device)  # [N]
+        logprobs = torch.log_softmax(logits.flatten(0, 1)[place].float(), dim=-1)  # [N, V]
         logprobs = logprobs.gather(1, targets.unsqueeze(1)).squeeze(1)  # [N]
     # In double precision and one after the other: the sum of a long response, the same in every batch. Not every
     # accelerator has float64, so it is made on the CPU.
