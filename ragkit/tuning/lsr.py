@@ -109,6 +109,14 @@ class LSRTrainer(SystemTrainer):
 
     The encoders stay in eval mode (no dropout, see `LSRModel`); the generator requires no gradient meanwhile.
 
+    With `refresh_steps` the passages are retrieved anew every so many steps, and new ones scored (REPLUG refreshes its
+    index likewise); with `in_batch_negatives` P_R is over the passages of the whole batch (see `lsr_objective`). A
+    resumed run is the unbroken one, bit for bit where the machine's arithmetic is (on a GPU with `score_memory` set).
+
+    Any `TrainableRetriever` can be trained. A `GFMRetriever` is trained as a whole by either `train_part` (its text
+    encoder stays frozen); its scores are sums over entities, which `rescale` brings to the spread of cosines. A
+    `HybridRetriever` fuses ranks or normalised scores: train its parts, one after the other.
+
     Args:
         system: The RAG system; its retriever is trained in place.
         train_data: Questions with responses, in any form that `load_qa` reads.
@@ -219,7 +227,8 @@ class LSRTrainer(SystemTrainer):
             Loss, history, steps and the run's folder.
 
         Raises:
-            DataError: No usable question, or (resume) kept scores of other data.
+            DataError: No usable question, a teacher's score that is not finite, or (resume) kept scores of other data
+                or candidates that are missing.
             NonFiniteLossError: The loss became NaN or infinite.
         """
         config, retriever = self.config, self.system.retriever
