@@ -102,6 +102,17 @@ def test_a_shared_beginning_changes_nothing_but_the_work(tokenizer, many, config
     assert seen[1] < 0.6 * sum(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
 
 
+def test_padding_stays_within_the_positions_of_the_model(tokenizer):
+    """A long beginning with a short rest, beside a short beginning with a long rest."""
+    model = make("GPT2Config", tokenizer, n_embd=32, n_layer=2, n_head=4, n_positions=56)
+    prompts = [[5] * 50 + [n] for n in (6, 7)] + [[9] * 24 + [n] * 8 for n in (6, 7)]
+    responses, groups = [[8], [8], [8] * 20, [8] * 20], [0, 0, 1, 1]
+    whole = score_responses(model, prompts, responses, 0, batch_size=1)
+    shared = score_responses(model, prompts, responses, 0, batch_size=4, groups=groups)
+    assert scoring._can_share[model]
+    torch.testing.assert_close(shared, whole, atol=2e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("config_name", "over"),
     [
