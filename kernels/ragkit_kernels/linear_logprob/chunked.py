@@ -144,8 +144,8 @@ def backward(
     """Gradients of hidden, weight and bias; an empty tensor for each that is not needed.
 
     The logits are made again, block by block, and turned into their own gradient in place. The gradient of `hidden` is
-    summed over the columns' blocks in one float32 buffer [T, D]; that of the weight needs one, [C, D], only where the
-    rows do not fit into one block.
+    summed over the columns' blocks in one float32 buffer [T, D]; that of a 16-bit weight needs one, [C, D], only where
+    the rows do not fit into one block.
 
     Args:
         grad: [T] gradient of the log-probabilities.
@@ -163,8 +163,9 @@ def backward(
     dhidden = hidden.new_zeros((T, D) if needs[0] else 0, dtype=wide)
     dweight = weight.new_empty((V, D) if needs[1] else 0)
     dbias = weight.new_zeros(V if needs[2] else 0, dtype=wide)
-    at_once = R >= T and dweight.dtype == dtypes.operands
-    sums = hidden.new_empty((C, D) if needs[1] and not at_once else 0, dtype=wide)
+    # One product, rounded once, or a sum of products in float32: straight into its place.
+    direct = dweight.dtype == wide or (R >= T and dweight.dtype == dtypes.operands)
+    sums = hidden.new_empty((C, D) if needs[1] and not direct else 0, dtype=wide)
     if not T:
         dweight.zero_()
     for of_columns in _runs(V, C) if T else ():
@@ -181,13 +182,13 @@ def backward(
             if needs[0]:
                 dtypes.add_product(dblock, piece, dhidden[r])  # [R, C] @ [C, D]
             if needs[1]:
-                target = dweight[of_columns] if at_once else sums[: len(piece)]
+                target = dweight[of_columns] if direct else sums[: len(piece)]
                 if r.start:
                     dtypes.add_product(dblock.T, x[r], target)  # [C, R] @ [R, D]
                 else:
                     dtypes.product(dblock.T, x[r], target)
             if needs[2]:
                 dbias[of_columns] += dblock.sum(0, dtype=wide)
-        if needs[1] and not at_once:
+        if needs[1] and not direct:
             dweight[of_columns] = sums[: len(piece)]
     return dhidden.to(hidden.dtype), dweight, dbias if bias is None else dbias.to(bias.dtype)
