@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from transformers import TrainerCallback
 
 from ragkit.federated.errors import FederatedError
 from ragkit.federated.weights import load_weights
-from ragkit.files import atomic_write_json
+from ragkit.files import atomic_write_json, exclusive
 from ragkit.runs import Run, checkpoint_step
 from ragkit.tuning.training import SystemTrainer
 
@@ -110,6 +111,19 @@ def train_round(
         FederatedError: No rows, weights of another model, more rounds than were planned, or a training that was
             stopped within the round.
     """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder.parent / f"{folder.name}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        # A round that the server gave up waiting for may still be running here, in another process.
+        with exclusive(handle):
+            return _train_round(trainer, given, orders, folder, name)
+    finally:
+        os.close(handle)
+
+
+def _train_round(
+    trainer: SystemTrainer, given: Mapping[str, Tensor], orders: Orders, folder: Path, name: str
+) -> tuple[dict[str, Tensor], dict[str, float]]:
     began = time.monotonic()
     parameters = trainer.trained_parameters()
     use_weights(trainer, parameters, given, name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -96,19 +97,20 @@ class WatchedGrid:
             return []
         sent = {message.metadata.dst_node_id: size_in_bytes(message.content) for message in messages}
         replies = list(self.grid.send_and_receive(messages, timeout=timeout))
+        # By the message that is answered: for a client that is gone the SuperLink answers, in its own name.
+        asked = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
+        nodes = [asked.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id) for reply in replies]
         failed: dict[int, str] = {}
-        for reply in replies:
-            node = reply.metadata.src_node_id
+        for node, reply in zip(nodes, replies, strict=True):
             if reply.has_error():
                 failed[node] = _reason(reply.error)
             else:
                 self._names[node] = str(reply.content["about"]["client"])
-        answered = {reply.metadata.src_node_id for reply in replies}
-        failed |= {node: f"no answer in {timeout:g} s (round_timeout)" for node in sent if node not in answered}
-        replies.sort(key=lambda reply: self._order(reply.metadata.src_node_id))
-        for reply in replies:
+        failed |= {node: f"no answer in {timeout:g} s (round_timeout)" for node in sent if node not in nodes}
+        answers = sorted(zip(nodes, replies, strict=True), key=lambda answer: self._order(answer[0]))
+        for node, reply in answers:
             if not reply.has_error():
-                self.log(self._event(reply, kind, number, sent[reply.metadata.src_node_id]))
+                self.log(self._event(reply, node, kind, number, sent[node]))
         for node in sorted(failed, key=self._order):
             event = {"round": number, "phase": kind, "client": self._name(node), "error": failed[node]}
             self.log({**event, "bytes_down": sent.get(node, 0)})
@@ -119,11 +121,11 @@ class WatchedGrid:
                 f"round {number}: {len(sent) - len(failed)} of {len(sent)} clients trained, at least "
                 f"{self.config.min_clients} (min_clients) are needed. {reasons}"
             )
-        return replies
+        return [reply for _, reply in answers]
 
-    def _event(self, reply: Any, kind: str, number: int, down: int) -> dict[str, Any]:
+    def _event(self, reply: Any, node: int, kind: str, number: int, down: int) -> dict[str, Any]:
         values = dict(reply.content["metrics"])
-        event = {"round": number, "phase": kind, "client": self._name(reply.metadata.src_node_id)}
+        event = {"round": number, "phase": kind, "client": self._name(node)}
         event["examples"] = int(values.pop("num-examples"))
         values.pop("equal-weight", None)
         return {**event, **values, "bytes_down": down, "bytes_up": size_in_bytes(reply.content)}
@@ -209,6 +211,7 @@ def _say(history: list[dict[str, Any]], number: int, rounds: int) -> None:
 
 
 def _reason(error: Any) -> str:
-    """The last line of what Flower reports, which is the exception itself."""
-    lines = [line.strip() for line in str(error.reason or f"error {error.code}").splitlines() if line.strip()]
-    return lines[-1] if lines else f"error {error.code}"
+    """What Flower reports of a failed client, in one line; an exception's comes as "<class 'x.Y'>:<'message'>"."""
+    text = " ".join(str(error.reason or f"error {error.code}").split())
+    raised = re.fullmatch(r"<class '(?:\w+\.)*(\w+)'>:<'(.*)'>", text)
+    return (f"{raised[1]}: {raised[2]}" if raised else text)[:500]

@@ -132,6 +132,16 @@ def test_fedavg_is_the_mean_of_the_locally_trained_weights_by_their_rows(ralt, q
     assert result.loss == pytest.approx((4 * alone[0][1] + 2 * alone[1][1]) / 6, abs=1e-6)
 
 
+def test_every_round_trains_the_weights_it_is_given(ralt, tmp_path):
+    """Also the later ones, whose checkpoint holds the client's own: AdamW moves no weight farther than its rate."""
+    trainer = ralt(schedule="constant", warmup_steps=0, weight_decay=0.0)
+    given = [{name: tensor + shift for name, tensor in trained(trainer).items()} for shift in (0.0, 0.5, -0.5)]
+    for number, weights in enumerate(given, start=1):
+        orders = apps.Orders(server_round=number, rounds=3, local_steps=1)
+        moved, _ = train_round(trainer, weights, orders, tmp_path / "client", "0")
+        assert 0 < farthest(moved, weights) < 10 * TRAIN["learning_rate"]
+
+
 def test_scores_are_real_and_only_the_adapter_travels(ralt, questions, tmp_path):
     trainer = ralt(questions[:4], eval_data=questions[6:9])
     base = {n: p.detach().clone() for n, p in trainer.system.generator.core.named_parameters()}

@@ -158,14 +158,17 @@ def test_a_deployment_gives_the_weights_of_the_simulation(federation, app, folde
 
 
 def test_a_killed_supernode_is_gone_on_without(federation, app, folder):
-    shutil.rmtree(folder / "runs")
+    """Flower calls a node gone that missed its heartbeats (30 to 60 s); the round then goes on at once."""
+    shutil.rmtree(folder / "runs", ignore_errors=True)
     (folder / "hang").touch()
-    run_id = federation.submit(app, "rounds=2 round-timeout=25.0")
-    until((folder / "hanging").exists, 120, "second round of client 1")
+    run_id = federation.submit(app, "rounds=2")
+    until((folder / "hanging").exists, 180, "second round of client 1")
     federation.kill(1)
-    until(lambda: (folder / "runs" / f"federated-{run_id}" / "final.safetensors").exists(), 120, "result")
+    killed = time.monotonic()
+    until(lambda: (folder / "runs" / f"federated-{run_id}" / "final.safetensors").exists(), 180, "result")
+    print(f"gone on without after {time.monotonic() - killed:.0f} s")
     events = events_of(folder, run_id)
     failures = [event for event in events if "error" in event]
     assert [(event["client"], event["round"]) for event in failures] == [("1", 2)]
-    assert "no answer in 25 s (round_timeout)" in failures[0]["error"]
+    assert "unavailable" in failures[0]["error"].lower()
     assert [e["client"] for e in events if e["phase"] == "train" and "error" not in e] == ["0", "1", "0"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from ragkit.federated import apps  # noqa: E402
 from ragkit.federated.config import FederatedConfig  # noqa: E402
 from ragkit.federated.errors import FederatedError  # noqa: E402
 from ragkit.federated.partition import partition_rows  # noqa: E402
+from ragkit.federated.simulation import LocalGrid  # noqa: E402
 from ragkit.federated.strategies import STRATEGIES  # noqa: E402
 from ragkit.federated.task import FederatedTask  # noqa: E402
 from ragkit.tuning.qa_data import load_qa  # noqa: E402
@@ -47,6 +50,8 @@ def simulate(tmp_path, monkeypatch):
 
     def run(steps, parts, rounds=1, **settings):
         def train(trainer, given, orders, folder, name):
+            random.seed(0)  # as every training does with its seed
+            np.random.seed(0)
             moved = {key: tensor + steps[int(name)] for key, tensor in given.items()}
             return moved, {"num-examples": len(trainer.data), "train_loss": 1.0, "steps": 1, "seconds": 0.0}
 
@@ -83,7 +88,7 @@ def test_privacy_clips_each_clients_update(simulate, kind):
     """Without noise: two updates of norm far above the bound become the mean of two of that norm, unweighted."""
     norm = "clipping_norm" if "fixed" in kind else "initial_clipping_norm"
     options = {"noise_multiplier": 0.0, norm: 0.5}
-    result = simulate([1.0, -3.0, 2.0], [1, 2, 3], privacy=kind, privacy_options=options)
+    result = simulate([1.0, -3.0, 2.0], [1, 1, 4], privacy=kind, privacy_options=options)
     unit = 0.5 / np.sqrt(SIZE + 1)
     assert float(result.weights["w"].mean()) == pytest.approx((unit - unit + unit) / 3, rel=1e-3)
     assert f"{kind} differential privacy" in repr(result)
@@ -97,6 +102,13 @@ def test_the_servers_noise_is_new_in_each_round_and_of_the_right_size(simulate):
     for noise in (first, second):
         assert float(noise.std()) == pytest.approx(2.0 * 0.5 / 4, rel=0.1)
     assert abs(float(np.corrcoef(first, second)[0, 1])) < 0.1
+
+
+def test_other_clients_are_drawn_in_each_round(simulate):
+    """A client's training seeds Python's random numbers; were they the server's, it would draw the same clients."""
+    result = simulate([0.0] * 8, [1] * 8, 5, strategy_options={"fraction_train": 0.25})
+    drawn = [tuple(e["client"] for e in result.history if e["round"] == number) for number in range(1, 6)]
+    assert all(len(clients) == 2 for clients in drawn) and len(set(drawn[1:])) > 1
 
 
 def test_clients_draw_noise_of_their_own(simulate):
@@ -114,6 +126,22 @@ def test_with_privacy_a_failed_client_leaves_the_weights_as_they_were(simulate):
     options = {"noise_multiplier": 0.0, "clipping_norm": 0.5}
     result = simulate([1.0, None], [1, 1], privacy="server-fixed", privacy_options=options)  # 1 + None raises
     assert len(result.failures) == 1 and torch.equal(result.weights["w"], torch.zeros(SIZE))
+
+
+def test_the_superlinks_answer_for_a_client_that_is_gone_is_put_down_to_that_client(simulate, monkeypatch):
+    real = LocalGrid.send_and_receive
+
+    def send_and_receive(self, messages, *, timeout=None):
+        replies = real(self, messages, timeout=timeout)
+        for reply in replies:
+            if reply.has_error():
+                reply.metadata.__dict__["_src_node_id"] = 1  # the SuperLink's own number
+        return replies
+
+    monkeypatch.setattr(LocalGrid, "send_and_receive", send_and_receive)
+    result = simulate([1.0, None, 2.0], [1, 1, 1], min_clients=2)
+    assert [(e["client"], e["round"]) for e in result.failures] == [("at node 2", 1)]
+    assert float(result.weights["b"]) == 2.5 and result.clients == {"0": 1, "2": 1}
 
 
 # ---- who has which rows ----
