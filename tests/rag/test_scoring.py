@@ -105,7 +105,7 @@ def test_a_shared_beginning_changes_nothing_but_the_work(tokenizer, many, config
 def test_padding_stays_within_the_positions_of_the_model(tokenizer):
     """A long beginning with a short rest, beside a short beginning with a long rest."""
     model = make("GPT2Config", tokenizer, n_embd=32, n_layer=2, n_head=4, n_positions=56)
-    prompts = [[5] * 50 + [n] for n in (6, 7)] + [[9] * 24 + [n] * 8 for n in (6, 7)]
+    prompts = [[5] * 50 + [n] for n in (6, 7)] + [[9] * 32 + [n] * 4 for n in (6, 7)]
     responses, groups = [[8], [8], [8] * 20, [8] * 20], [0, 0, 1, 1]
     whole = score_responses(model, prompts, responses, 0, batch_size=1)
     shared = score_responses(model, prompts, responses, 0, batch_size=4, groups=groups)
