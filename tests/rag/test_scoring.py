@@ -80,7 +80,10 @@ def test_values_do_not_depend_on_batches_and_memory(generator, many, batch_size,
     ("config_name", "over"),
     [
         ("LlamaConfig", {}),
-        ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 96}),  # learnt positions, and few
+        (
+            "GPT2Config",
+            {"n_embd": 32, "n_layer": 2, "n_head": 4, "max_position_embeddings": 96},
+        ),  # learnt positions, and few
         ("OPTConfig", {"ffn_dim": 64, "word_embed_proj_dim": 32}),
         ("Qwen3Config", {}),
         ("GraniteConfig", {"logits_scaling": 2.0}),
@@ -104,7 +107,7 @@ def test_a_shared_beginning_changes_nothing_but_the_work(tokenizer, many, config
 
 def test_padding_stays_within_the_positions_of_the_model(tokenizer):
     """A long beginning with a short rest, beside a short beginning with a long rest."""
-    model = make("GPT2Config", tokenizer, n_embd=32, n_layer=2, n_head=4, n_positions=56)
+    model = make("GPT2Config", tokenizer, n_embd=32, n_layer=2, n_head=4, max_position_embeddings=56)
     prompts = [[5] * 50 + [n] for n in (6, 7)] + [[9] * 32 + [n] * 4 for n in (6, 7)]
     responses, groups = [[8], [8], [8] * 20, [8] * 20], [0, 0, 1, 1]
     whole = score_responses(model, prompts, responses, 0, batch_size=1)
