@@ -94,7 +94,9 @@ def score_scale(retriever: Any, rows: Sequence[LSRRow], config: LSRConfig, batch
 
     measured once, before the first step, on at most 256 questions spread over the rows. One constant, not a
     standardisation of each question: that would take from the retriever how sure it is of one question against
-    another, and from training the means to make it surer.
+    another, and from training the means to make it surer. It is for gamma's and the presets' meaning, not for quality:
+    LSR of a GFM on the small world (40 steps, two seeds) ended at a held-out recall@1 of .53 with the constant, .54
+    without, .54 standardised, from .46; a GFM of little training at .42, .42, .41, from .27.
 
     Args:
         retriever: A `TrainableRetriever`. Its attribute `cosine_scores`, where it has one, says whether it needs this;

@@ -172,6 +172,7 @@ def test_teacher_values():
     assert torch.isfinite(whole).all()
 
 
+@pytest.mark.filterwarnings("ignore::ragkit.tuning.lsr_table.TeacherWarning")  # as it is for a random LM
 @pytest.mark.parametrize(("score", "logs"), [("prob", "logprob"), ("token_prob", "mean_logprob")])
 def test_probabilities_are_the_exponentials_of_the_logs(tmp_path, score, logs):
     one, two = (job.make_trainer(job.settings(tmp_path, s, score=s)) for s in (score, logs))
