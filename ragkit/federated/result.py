@@ -104,6 +104,14 @@ class FederatedResult:
             total[1] += event["examples"]
         return {number: value / weight for number, (value, weight) in sums.items()}
 
+    def steps(self) -> dict[int, float]:
+        """Optimizer steps of a client up to the end of each round, on average: the axis of a central run's curve."""
+        total, steps = 0.0, {0: 0.0}
+        for number, mean in self.curve("steps", phase="train").items():
+            total += mean
+            steps[number] = total
+        return steps
+
     def _table(self) -> list[list[str]]:
         rounds = sorted({event["round"] for event in self.history})
         columns: list[tuple[str, dict[int, float]]] = []
