@@ -68,7 +68,7 @@ def token_logprobs(
         temperature: Divides the logits at last, > 0.
         ignore_index: A target of this value gives 0 and no gradient.
         chunk_rows: At most chunk_rows × V logits exist at once. None: 4 MiB of them on a CPU, 256 MiB on a GPU.
-        backend: "auto": "kernel" for 16-bit tensors on GPUs from sm_80 on, else "chunked". "kernel": product and
+        backend: "auto": "kernel" for 16-bit tensors on GPUs from sm_80 on (D a multiple of 16), else "chunked". "kernel": product and
             log-sum-exp fused in Triton, no logits in memory at all; "chunked": library products and one pass over
             their rows (in Triton on a GPU); "reference": plain PyTorch with all logits, for any derivative. The
             gradient is chunked for both of the first.
@@ -126,7 +126,8 @@ def _fused(x: Tensor, backend: str) -> bool:
             f"the fused kernel needs Triton, a GPU from sm_80 on and no float64; found {x.dtype} on {where}; "
             "use backend='chunked'"
         )
-    return able and (backend == "kernel" or (backend == "auto" and x.element_size() == 2))
+    fast = x.element_size() == 2 and x.shape[1] % 16 == 0  # else its loads are not asynchronous
+    return able and (backend == "kernel" or (backend == "auto" and fast))
 
 
 @torch.library.custom_op("ragkit::linear_logprob", mutates_args=())

@@ -20,15 +20,16 @@ GRADIENT_BLOCK = 2048
 MERGE = {"ROWS": 128, "STAGES": 3}
 
 
-def tile_of(arch: int, dtype: torch.dtype) -> tuple[dict[str, int | str], int, int]:
+def tile_of(arch: int, dtype: torch.dtype, aligned: bool = True) -> tuple[dict[str, int | str], int, int]:
     """The fused kernel's tile for an architecture (80, 90, ...), its warps, and programs that a processor holds.
 
     All spill nothing and fit into the 99 KiB of shared memory of the smallest. On Hopper two programs share a
-    processor, so that one multiplies while the other takes exponentials.
+    processor, so that one multiplies while the other takes exponentials; rows that are not aligned to 16 numbers must
+    go through registers, of which that tile has none left.
     """
     if dtype == torch.float32:  # three TF32 products on the tensor cores for each: nearly float32
         return {"PRECISION": "tf32x3", "BLOCK_T": 64, "BLOCK_V": 64, "BLOCK_D": 32, "STAGES": 3}, 4, 2
-    if arch == 90:
+    if arch == 90 and aligned:
         return {"PRECISION": "ieee", "BLOCK_T": 128, "BLOCK_V": 128, "BLOCK_D": 64, "STAGES": 3}, 4, 2
     return {"PRECISION": "ieee", "BLOCK_T": 128, "BLOCK_V": 128, "BLOCK_D": 32, "STAGES": 4}, 8, 1
 
@@ -76,7 +77,8 @@ def fused_forward(
     if arch is None:
         major, minor = torch.cuda.get_device_capability(hidden.device)
         arch = 10 * major + minor
-    tile, warps, resident = tile_of(arch, hidden.dtype)
+    aligned = all(s == 1 or s % 16 == 0 for t in (hidden, weight) for s in t.stride())
+    tile, warps, resident = tile_of(arch, hidden.dtype, aligned)
     tiles, blocks = -(-T // int(tile["BLOCK_T"])), -(-V // int(tile["BLOCK_V"]))
     if span is None:
         processors = torch.cuda.get_device_properties(hidden.device).multi_processor_count
