@@ -140,13 +140,12 @@ def main(argv: list[str] | None = None) -> None:
         print(memory_growth(partial(small.call, *args.memory), partial(case.call, *args.memory), args.device))
         return
     methods = [m for m in methods_of(args.device) if m not in args.without]
-    rows: list[dict[str, Any]] = []
     for dtype, vocabulary, dim, tokens in itertools.product(args.dtype, args.vocabulary, args.dim, args.tokens):
         case = Case(tokens, dim, vocabulary, getattr(torch, dtype), args.device)
         for pass_ in PASSES:
-            rows += measure(args, case, dtype, methods, pass_)
-    if args.csv:
-        append_rows(args.csv, rows)
+            rows = measure(args, case, dtype, methods, pass_)
+            if args.csv and rows:  # at once: a lent GPU may be taken back
+                append_rows(args.csv, rows)
 
 
 def measure(

@@ -68,10 +68,10 @@ def token_logprobs(
         temperature: Divides the logits at last, > 0.
         ignore_index: A target of this value gives 0 and no gradient.
         chunk_rows: At most chunk_rows × V logits exist at once. None: 4 MiB of them on a CPU, 256 MiB on a GPU.
-        backend: "auto": "kernel" for 16-bit tensors on GPUs from sm_80 on (D a multiple of 16), else "chunked". "kernel": product and
-            log-sum-exp fused in Triton, no logits in memory at all; "chunked": library products and one pass over
-            their rows (in Triton on a GPU); "reference": plain PyTorch with all logits, for any derivative. The
-            gradient is chunked for both of the first.
+        backend: "auto": "kernel" for 16-bit tensors on GPUs from sm_80 on (D a multiple of 16), else "chunked".
+            "kernel": product and log-sum-exp fused in Triton, no logits in memory at all; "chunked": library products
+            and one pass over their rows (in Triton on a GPU); "reference": plain PyTorch with all logits, for any
+            derivative. The gradient is chunked for both of the first.
 
     Returns:
         [T] log-probabilities in nats, float32 (float64 if the inputs are float64). NaN logits give NaN.
