@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.metadata
 import itertools
 import sys
 from collections.abc import Callable
@@ -69,15 +70,13 @@ class Case:
         reduction = "none" if pass_ == "forward" else "sum"
         return -function(self.hidden, self.weight, self.targets, reduction=reduction)
 
-    def _cce(self, **options: Any) -> Tensor:
+    def cce(self, _: str, **options: Any) -> Tensor:
         function = importlib.import_module("cut_cross_entropy").linear_cross_entropy
         return -function(self.hidden, self.weight, self.targets, reduction="none", **options)
 
-    def cce(self, _: str) -> Tensor:
-        return self._cce(impl="cce")
-
-    def cce_exact(self, _: str) -> Tensor:
-        return self._cce(impl="cce_exact")
+    def cce_exact(self, pass_: str) -> Tensor:
+        """Without leaving out small gradients, as we do not either."""
+        return self.cce(pass_, filter_eps=None)
 
     def call(self, method: str, pass_: str) -> None:
         """One forward pass, or one step of training."""
@@ -107,14 +106,22 @@ class Case:
         return float((found.view(-1, SEQUENCE).sum(1) - torch.stack(exact)).abs().mean())
 
 
+PACKAGES = {"liger": "liger-kernel", "cce": "cut-cross-entropy", "cce_exact": "cut-cross-entropy"}
+
+
+def version_of(method: str) -> str:
+    """Version of the kit that a method is from; "" for ours and PyTorch's, which have columns of their own."""
+    return importlib.metadata.version(PACKAGES[method]) if method in PACKAGES else ""
+
+
 def methods_of(device: str) -> list[str]:
     """What can be compared here."""
     found = ["ragkit", "log_softmax", "cross_entropy"]
     if device.startswith("cuda"):
         found.insert(1, "ragkit_chunked")
-        if peer("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy", "liger-kernel"):
+        if peer("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy", PACKAGES["liger"]):
             found.append("liger")
-        if peer("cut_cross_entropy", "linear_cross_entropy", "cut-cross-entropy"):
+        if peer("cut_cross_entropy", "linear_cross_entropy", PACKAGES["cce"]):
             found += ["cce", "cce_exact"]
     return found
 
@@ -172,6 +179,7 @@ def measure(
                 "dtype": dtype,
                 "pass": pass_,
                 "method": method,
+                "version": version_of(method),
                 "ms": round(times[method]["ms"], 2),
                 "cpu_s": round(times[method]["cpu_s"], 3),
                 "peak_mib": round(peak, 1),
