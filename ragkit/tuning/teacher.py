@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from ragkit.config import LSRConfig
 from ragkit.files import atomic_dir, atomic_write_json
+from ragkit.prompts import PromptError
 from ragkit.rag.loading import digests
 from ragkit.tuning.lsr_objective import LOG_SCORE
 from ragkit.tuning.qa_data import DataError, QAExample
@@ -94,16 +95,30 @@ def build_rows(
 def _usable(
     generator: Any, examples: Sequence[QAExample], config: LSRConfig, teacher: Teacher
 ) -> tuple[list[QAExample], list[tuple[str, str]]]:
-    """The questions that have something to score, and (id, reason) of the others."""
+    """The questions that can be scored, and (id, reason) of the others."""
     usable, left_out = [], []
     for example in examples:
-        if not example.answer:
-            left_out.append((example.id, "no answer"))
-        elif callable(teacher) or not has_no_token(generator, example, config):
+        problem = "no answer" if not example.answer else None
+        if problem is None and not callable(teacher):
+            problem = _problem(generator, example, config)
+        if problem is None:
             usable.append(example)
-        else:  # with the EOS token alone, the LM would be asked how likely it says nothing
-            left_out.append((example.id, f"the answer {example.answer!r} has no token"))
+        else:
+            left_out.append((example.id, problem))
     return usable, left_out
+
+
+def _problem(generator: Any, example: QAExample, config: LSRConfig) -> str | None:
+    """Why the language model cannot score passages for a question."""
+    if has_no_token(generator, example, config):
+        # With the EOS token alone, the LM would be asked how likely it says nothing.
+        return f"the answer {example.answer!r} has no token"
+    response = generator.encode_response(example.answer, eos=config.include_eos, template=config.prompt)
+    try:
+        generator.encode_prompt(config.prompt, example.question, [""], reserve=len(response))
+    except PromptError as error:  # no room even for an empty passage
+        return str(error)
+    return None
 
 
 def teacher_scores(

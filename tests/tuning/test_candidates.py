@@ -212,6 +212,16 @@ def test_answers_without_a_token_are_left_out_and_named(tmp_path, capsys):
     assert "1 of 24 questions cannot be trained on (Peru-food: the answer" in capsys.readouterr().out
 
 
+def test_questions_longer_than_the_context_are_left_out_and_named(tmp_path, capsys):
+    system, data = job.make_system(), job.questions()
+    system.generator.core.config.max_position_embeddings = 64
+    data[3]["question"] = "the king of Peru " * 40
+    trainer = LSRTrainer(system, data, job.settings(tmp_path))
+    assert len(trainer.rows()) == 23 and [identity for identity, _ in trainer.left_out] == [data[3]["id"]]
+    assert "1 of 24 questions cannot be trained on" in capsys.readouterr().out
+    assert "the prompt needs 166 tokens even with its 1 passages empty" in trainer.left_out[0][1]
+
+
 @pytest.mark.parametrize("bad", [math.nan, -math.inf])
 def test_a_score_that_is_not_finite_is_named(tmp_path, bad):
     teacher = lambda example, found: [bad if p.id == found[1].id else 0.0 for p in found]  # noqa: E731
