@@ -24,7 +24,8 @@ LSR_PRESETS: dict[str, dict[str, Any]] = {
     },
     # FedRAG (VectorInstitute/fed-rag, loss/pytorch/lsr.py): kl_div(log_softmax(s), softmax(lm)) is KL(Q_LM||P_R), and
     # neither softmax has a temperature. Theirs is the probability of the whole answer, which underflows to a uniform
-    # target; here it is the mean log-prob. gamma = 1 leaves P_R over cosines nearly flat, so it learns slowly.
+    # target; here it is the mean log-prob. For comparison, not for use: gamma = 1 over
+    # cosines is nearly flat, and 40 steps on the small world took recall@1 from .65 to .47 (our defaults: to .81).
     "fedrag": {"gamma": 1.0, "beta": 1.0, "score": "mean_logprob", "direction": "KL(Q_LM||P_R)"},
 }
 
