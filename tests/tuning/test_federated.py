@@ -74,7 +74,7 @@ def test_a_client_goes_on_from_its_folder_alone(make_system, questions, tmp_path
 
     def task(rows, folder=None):
         settings = {"output_dir": str(tmp_path / "runs"), "top_k": 3, "train_part": "both"}
-        config = LSRConfig(**settings, train={**TRAIN, "max_grad_norm": 0.5})
+        config = LSRConfig(**settings, train={**TRAIN, "warmup_steps": 0})
         made = LSRTrainer(make_system(), rows, config, eval_data=questions[6:8], teacher=teacher)
         return FederatedTask(made, FederatedConfig(rounds=2, local_steps=1), folder)
 
@@ -203,10 +203,12 @@ def test_scores_are_real_and_only_the_adapter_travels(ralt, questions, tmp_path)
 
 
 def test_a_retriever_is_scored_by_what_it_retrieves(lsr, questions):
-    trainer = lsr(questions[:4], eval_data=questions[6:10])
+    trainer = lsr(questions[:4], eval_data=questions[6:10], warmup_steps=0)
+    start = trained(trainer)
     task = task_of(trainer, rounds=1, local_steps=1)
     result = task.simulate(num_clients=2)
     assert all(name.startswith("trained.query_encoder.") for name in result.weights)
+    assert farthest(start, trained(trainer)) > 1e-4
     passages = trainer.system.retriever
     assert passages.query_encoder is not passages.passage_encoder and not passages.stale
     assert result.curve("recall@1")[1] == trainer.evaluate(bootstrap=10)["recall@1"]
@@ -217,7 +219,7 @@ def test_two_simulations_are_the_same(ralt, questions):
     runs = []
     for _ in range(2):
         options = {"fraction_train": 0.5}
-        task = task_of(ralt(), rounds=2, local_steps=1, strategy_options=options)
+        task = task_of(ralt(warmup_steps=0), rounds=2, local_steps=1, strategy_options=options)
         runs.append(task.simulate(num_clients=3))
     first, second = runs
     assert farthest(first.weights, second.weights) == 0
@@ -278,7 +280,7 @@ def test_a_round_goes_on_without_a_client_that_fails(ralt, monkeypatch):
 
 
 def test_too_few_clients_end_the_training_and_the_common_weights_stay(ralt, monkeypatch):
-    trainer, seen, fail = ralt(), [], failing("1", 2)
+    trainer, seen, fail = ralt(warmup_steps=0), [], failing("1", 2)
 
     def train(trainer, given, *rest):
         seen.append({name: tensor.clone() for name, tensor in given.items()})
