@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ragkit_kernels.linear_logprob import op, sequence_logprob, token_logprobs, token_logprobs_reference
+from ragkit_kernels.linear_logprob import chunked, op, sequence_logprob, token_logprobs, token_logprobs_reference
 from ragkit_kernels.linear_logprob.chunked import block_shape
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -228,6 +228,53 @@ def test_half_precision_gradients(dtype):
         assert (mine.double() - theirs).norm() <= 1.05 * (theirs.to(dtype).double() - theirs).norm()
 
 
+class AsOnA100(chunked.Dtypes):
+    """16-bit operands, float32 results, which a CPU's `mm` does not offer."""
+
+    @classmethod
+    def of(cls, x):
+        return cls(x.dtype, torch.float32)
+
+    def product(self, a, b, out):
+        assert a.dtype == b.dtype == self.operands and out.dtype in (self.operands, self.logits)
+        return out.copy_(a.float() @ b.float())
+
+    def add_product(self, a, b, out):
+        assert a.dtype == b.dtype == self.operands and out.dtype == self.logits
+        out += a.float() @ b.float()
+
+
+class AsOnT4(chunked.Dtypes):
+    """16-bit operands and results."""
+
+    @classmethod
+    def of(cls, x):
+        return cls(x.dtype, x.dtype)
+
+
+@pytest.mark.parametrize("options", [PLAIN, FULL])
+@pytest.mark.parametrize("rows", [60, 20])  # in one block, and in three
+@pytest.mark.parametrize(
+    ("gpu", "dtype", "error"),
+    [(AsOnA100, torch.bfloat16, 1e-5), (AsOnA100, torch.float16, 1e-5), (AsOnT4, torch.float16, 5e-3)],
+)
+def test_blocks_as_gpus_multiply_them(monkeypatch, gpu, dtype, error, rows, options):
+    monkeypatch.setattr(chunked, "Dtypes", gpu)
+    monkeypatch.setattr(chunked, "CPU_LOGITS", rows * 256)
+    monkeypatch.setattr(chunked, "MOST_ROWS", {"cpu": rows})
+    leaves = [t.requires_grad_() if t.is_floating_point() else t for t in inputs(60, 16, 700, dtype=dtype, scale=0.3)]
+    hidden, weight, targets, bias = leaves
+    targets[::7] = -100
+    found = token_logprobs(hidden, weight, targets, bias=bias, **options)
+    wide = [t.detach().double().requires_grad_() for t in (hidden, weight, bias)]
+    wanted = naive(*wide[:2], targets, wide[2], **options)
+    assert (found - wanted).abs().max() < error
+    ours = torch.autograd.grad(found.sum(), [hidden, weight, bias])
+    exact = torch.autograd.grad(wanted.sum(), wide)
+    for mine, theirs in zip(ours, exact, strict=True):
+        assert mine.dtype == dtype and (mine - theirs).norm() < 4 * torch.finfo(dtype).eps * theirs.norm()
+
+
 class LargestTensor(TorchDispatchMode):
     """Notes the number of elements of the largest storage behind any tensor that an operation returns.
 
@@ -253,8 +300,6 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("chunk", [8, None])
 def test_never_makes_more_logits_than_a_block(monkeypatch, grad, dtype, options, chunk):
-    from ragkit_kernels.linear_logprob import chunked
-
     monkeypatch.setattr(chunked, "CPU_LOGITS", 800)
     hidden, weight, targets, bias = inputs(64, 4, 100, dtype=dtype)
     for tensor in (hidden, weight, bias):

@@ -40,7 +40,7 @@ def reduce_rows(
         inner, outer: As `reference.scaling` gives them.
         top, total, picked: [R] results.
     """
-    logits = _finish(products, bias, inner, outer)
+    logits = _finish(products.to(top.dtype), bias, inner, outer)
     if inner is not None:
         logits.mul_(outer)
     column, inside = _place(targets, first, logits.shape[1])
@@ -78,7 +78,7 @@ def gradient_rows(
         ignore_index: Rows with this target get 0.
         out: [R, C]; may be `products`.
     """
-    logits = _finish(products, bias, inner, outer)
+    logits = _finish(products.to(lse.dtype), bias, inner, outer)
     slope = None
     if inner is not None:
         slope = logits  # of tanh, below; its memory is that of the products
