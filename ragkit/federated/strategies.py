@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -116,10 +117,19 @@ def _build(kind: Callable[..., Any], options: Mapping[str, Any], setting: str, n
     ]
     if missing:
         raise FederatedError(f"{setting}: {name} needs {_and(missing)}; give {setting}={{{missing[0]!r}: ...}}")
+    log = logging.getLogger("flwr")
+    log.addFilter(_is_news)
     try:
         return kind(**given, **options)
     except (TypeError, ValueError) as error:
         raise FederatedError(f"{setting}: {name} refuses {dict(options)}: {error}") from error
+    finally:
+        log.removeFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Flower warns where clients do not evaluate; the settings have asked for that."""
+    return "Federated evaluation will be skipped" not in record.getMessage()
 
 
 def _check_local(options: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 
 import numpy as np
@@ -15,7 +16,7 @@ from ragkit.federated.config import FederatedConfig  # noqa: E402
 from ragkit.federated.errors import FederatedError  # noqa: E402
 from ragkit.federated.partition import partition_rows  # noqa: E402
 from ragkit.federated.simulation import LocalGrid  # noqa: E402
-from ragkit.federated.strategies import STRATEGIES  # noqa: E402
+from ragkit.federated.strategies import STRATEGIES, make_strategy  # noqa: E402
 from ragkit.federated.task import FederatedTask  # noqa: E402
 from ragkit.tuning.qa_data import load_qa  # noqa: E402
 
@@ -202,3 +203,15 @@ def test_an_app_folder_is_written_once(tmp_path):
         apps.write_app(folder)
     with pytest.raises(FederatedError, match="cannot be an app's name"):
         apps.write_app(tmp_path / "9 lives")
+
+
+def test_flower_is_silent_where_only_the_server_scores_and_warns_otherwise(caplog):
+    log = logging.getLogger("flwr")
+    propagate, log.propagate = log.propagate, True
+    try:
+        make_strategy(FederatedConfig(client_evaluation=False), 4)
+        assert not caplog.records
+        log.warning("something else")
+        assert [record.getMessage() for record in caplog.records] == ["something else"]
+    finally:
+        log.propagate = propagate
