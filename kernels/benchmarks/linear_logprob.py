@@ -46,9 +46,10 @@ class Case:
 
     def __init__(self, tokens: int, dim: int, vocabulary: int, dtype: torch.dtype, device: str) -> None:
         g = torch.Generator().manual_seed(0)
-        self.hidden = torch.randn(tokens, dim, generator=g).to(device, dtype)
-        # Logits with a deviation of 3: a few hundred tokens share the probability, as in a language model.
-        self.weight = (torch.randn(vocabulary, dim, generator=g) * 3 * dim**-0.5).to(device, dtype)
+        self.hidden = torch.randn(tokens, dim, generator=g, dtype=dtype).to(device)
+        # Logits with a deviation of 3: a few hundred tokens share the probability, as in a language model. In place,
+        # since the process's highest memory so far is where the measurement begins.
+        self.weight = torch.randn(vocabulary, dim, generator=g, dtype=dtype).mul_(3 * dim**-0.5).to(device)
         self.targets = torch.randint(vocabulary, (tokens,), generator=g).to(device)
         self.gradient = torch.full((tokens,), -1 / tokens, device=device)
 
