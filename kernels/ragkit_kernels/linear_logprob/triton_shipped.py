@@ -18,21 +18,15 @@ PLAIN = {"bias": False, "capped": False}
 def shipped_launches(dtype: torch.dtype, arch: int) -> list[Launch]:
     """What the backend launches for tensors of one dtype on one architecture; nothing is run.
 
-    Everything with a bias and a cap; the fused kernel also as most models need it, and for columns that are no
-    multiple of its tile, or of 16. What two dtypes have in common is
-    listed for one of them: from sm_80 on the row kernels see float32 products, and bfloat16 is float16 with other
-    opcodes.
+    The fused kernel as most models need it, with a bias and a cap, and (for one of the narrow dtypes, which differ in
+    their opcodes alone) for columns that are no multiple of its tile, or of 16; the row kernels with bias and cap.
     """
     with recording() as launches:
         if arch >= 80:
-            if dtype != torch.bfloat16:
-                _fused(dtype, arch, **FULL)
-            else:
-                _fused(dtype, arch, **PLAIN)
-                for dim in (2064, 2049) if arch != 86 else ():  # sm_86 has the tiles of sm_80
-                    _fused(dtype, arch, **FULL, dim=dim)
-        if arch < 80 or dtype != torch.float16:
-            _rows(dtype, arch, **FULL)
+            _fused(dtype, arch, **PLAIN)
+            for dim in (2048, 2064, 2049) if dtype != torch.float16 else (2048,):
+                _fused(dtype, arch, **FULL, dim=dim)
+        _rows(dtype, arch, **FULL)
     return launches
 
 
