@@ -30,7 +30,8 @@ from ragkit.tables import html_table, number, text_table
 from ragkit.threads import pick_threads
 from ragkit.tuning.lsr import LSRTrainer
 from ragkit.tuning.qa_data import QAData, QAExample, load_qa
-from ragkit.tuning.ralt import RALTTrainer, exchange_passages
+from ragkit.tuning.ralt import RALTTrainer
+from ragkit.tuning.ralt_rows import exchange_passages
 from ragkit.tuning.teacher import LSRRow
 
 CORPUS = "small_world"

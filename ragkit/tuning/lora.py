@@ -22,7 +22,9 @@ def add_adapter(model: Any, config: RALTConfig) -> Any:
     """A PEFT model around `model` with a new LoRA adapter, which does nothing until it is trained.
 
     W x becomes W x + (alpha / r) B A x, with A random (seeded by `config.train.seed`) and B zero (Hu et al. 2021,
-    arXiv:2106.09685). A model that carries an adapter already keeps it: it is trained on, with its own rank.
+    arXiv:2106.09685); with method="dora" the sum's rows get trained lengths (Liu et al. 2024, arXiv:2402.09353), with
+    `lora_rslora` alpha is divided by sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732). A model that carries an adapter
+    already keeps it: it is trained on, with its own rank and kind.
 
     Raises:
         ConfigError: A name in `lora_targets` is not that of a linear layer.
@@ -47,6 +49,8 @@ def add_adapter(model: Any, config: RALTConfig) -> Any:
             r=config.lora_r,
             lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # PEFT divides by r: a float is as good
             lora_dropout=config.lora_dropout,
+            use_dora=config.method == "dora",
+            use_rslora=config.lora_rslora,
             target_modules=config.lora_targets or "all-linear",  # all of them but the output layer
         ),
     )

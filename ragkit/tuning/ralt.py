@@ -3,80 +3,23 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import nn
 
 from ragkit.config import ConfigError, RALTConfig
 from ragkit.engine import RunTrainer, TrainResult, run_training, training_arguments
-from ragkit.files import atomic_write_json
-from ragkit.processes import is_first
 from ragkit.prompts import PromptError
+from ragkit.rag.ensemble import passage_weights
+from ragkit.rag.scoring import check_pairs
 from ragkit.runs import Run
+from ragkit.tuning.fused_loss import packing_works, training_loss
 from ragkit.tuning.lora import adapter_parameters, add_adapter, is_peft_model
-from ragkit.tuning.qa_data import DataError, QAData, QAExample
+from ragkit.tuning.qa_data import QAData, QAExample
+from ragkit.tuning.ralt_rows import Collator, RALTRow, add_supporting, check_rows, exchange_passages
 from ragkit.tuning.training import SystemTrainer, training_only
-
-IGNORED = -100  # the label that the cross-entropy of transformers leaves out
-
-
-@dataclass(frozen=True)
-class RALTRow:
-    """One training instance: a prompt with its passages, and the response whose tokens make the loss.
-
-    Attributes:
-        id: The example's id (several rows share it with context="each").
-        question: The question.
-        passages: The passages in the prompt, best first.
-        prompt_ids: Tokens of the prompt; no loss on them.
-        response_ids: Tokens of the response and the end-of-sequence token.
-        prompt: The prompt as the model sees it, decoded from its tokens.
-        response: The response, decoded from its tokens.
-    """
-
-    id: str
-    question: str
-    passages: tuple[Any, ...]
-    prompt_ids: tuple[int, ...] = field(repr=False)
-    response_ids: tuple[int, ...] = field(repr=False)
-    prompt: str
-    response: str
-
-    def __repr__(self) -> str:
-        counts = f"{len(self.prompt_ids)} prompt + {len(self.response_ids)} response tokens"
-        return f"RALTRow({self.id}, {counts})\n{self.prompt}▶{self.response}"
-
-
-@dataclass(frozen=True)
-class Collator:
-    """Pads rows on the right to the longest, with labels on the response only."""
-
-    pad_id: int
-
-    def __call__(self, rows: Sequence[RALTRow]) -> dict[str, Any]:
-        """B rows -> input_ids, attention_mask and labels, each int64 [B, T], and the ids for error messages."""
-        width = max(len(row.prompt_ids) + len(row.response_ids) for row in rows)
-        shape = (len(rows), width)
-        input_ids = torch.full(shape, self.pad_id)
-        attention_mask = torch.zeros(shape, dtype=torch.long)
-        labels = torch.full(shape, IGNORED)
-        for number, row in enumerate(rows):
-            start, end = len(row.prompt_ids), len(row.prompt_ids) + len(row.response_ids)
-            input_ids[number, :end] = torch.tensor(row.prompt_ids + row.response_ids)
-            attention_mask[number, :end] = 1
-            labels[number, start:end] = input_ids[number, start:end]
-        return {
-            "ids": [row.id for row in rows],
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "labels": labels,
-        }
 
 
 class RALTTrainer(SystemTrainer):
@@ -93,7 +36,8 @@ class RALTTrainer(SystemTrainer):
     (`system.template`); where it is too long the passages are cut, never the question or the response.
 
     Retrieval and tokenisation happen once. The retriever requires no gradient meanwhile. Afterwards
-    `system.generator` holds the trained model: with method="lora" a PEFT model whose adapter is active.
+    `system.generator` holds the trained model: with method="lora" or "dora" a PEFT model whose adapter is active. The
+    loss is computed without the prompt's logits (`fused_loss`, see `ragkit.tuning.fused_loss.training_loss`).
 
     Args:
         system: The RAG system; its generator is trained in place.
@@ -123,6 +67,11 @@ class RALTTrainer(SystemTrainer):
         super().__init__(system, train_data, config or RALTConfig(), eval_data, run)
         if passages not in ("retrieved", "random"):
             raise ConfigError(f'passages: found {passages!r}, expected "retrieved" or "random"')
+        if self.config.passage_weights == "retrieval" and self.config.context == "joined":
+            raise ConfigError(
+                'passage_weights: found "retrieval", but with context="joined" one instance holds all passages; use '
+                'context="each"'
+            )
         self.passages = passages
         self._rows: list[RALTRow] | None = None
 
@@ -148,8 +97,11 @@ class RALTTrainer(SystemTrainer):
             contexts = (
                 [[passage] for passage in passages] if config.context == "each" else [self._mixed(example, passages)]
             )
+            weights = [1.0] * len(contexts)
+            if config.passage_weights == "retrieval":
+                weights = [len(passages) * share for share in passage_weights(passages, config.weights_gamma)]
             try:
-                rows += [self._row(example, context, response) for context in contexts]
+                rows += [self._row(example, *each, response) for each in zip(contexts, weights, strict=True)]
             except PromptError as error:  # the response leaves no room even for a prompt with empty passages
                 left_out.append((example.id, f"answer of {len(response)} tokens: {error}"))
         return rows, left_out
@@ -161,7 +113,7 @@ class RALTTrainer(SystemTrainer):
             random.Random(f"order:{self.config.train.seed}:{example.id}").shuffle(passages)
         return passages
 
-    def _row(self, example: QAExample, passages: Sequence[Any], response: Sequence[int]) -> RALTRow:
+    def _row(self, example: QAExample, passages: Sequence[Any], weight: float, response: Sequence[int]) -> RALTRow:
         generator = self.system.generator
         if self.config.max_length is not None:
             # A shallow copy with a shorter limit: the generator itself keeps the one for inference.
@@ -178,6 +130,7 @@ class RALTTrainer(SystemTrainer):
             tuple(response),
             decode(prompt),
             decode(response),
+            weight,
         )
 
     def train(self, resume: bool = False) -> TrainResult:
@@ -200,18 +153,24 @@ class RALTTrainer(SystemTrainer):
         run = self.open_run(resume)
         check_rows(run, rows, resume)
         model = self._prepared_model()
+        self._check_model(rows)
+        collator = Collator(generator.pad_id, self._packed_length(rows) if config.packing else None)
+        weighted = config.passage_weights != "none"
         retrievers = self._retriever_modules()
         trained = self._trained_parameters(model)
         use_cache = generator.core.config.use_cache
         try:
-            with training_only(trained, [model, *retrievers]):
+            with (
+                training_only(trained, [model, *retrievers]),
+                training_loss(model, config.fused_loss, weighted),
+            ):
                 trainer = RunTrainer(
                     model,
                     training_arguments(config.train, run, device=trained[0].device.type),
                     run,
                     train_dataset=rows,
                     eval_dataset=eval_rows,
-                    data_collator=Collator(generator.pad_id),
+                    data_collator=collator,
                     callbacks=self.callbacks,
                 )
                 result = run_training(trainer, run, resume=resume)
@@ -228,7 +187,7 @@ class RALTTrainer(SystemTrainer):
     def _prepared_model(self) -> nn.Module:
         """The generator's model, with the adapter that is to be trained."""
         generator = self.system.generator
-        if self.config.method == "lora":
+        if self.config.method != "full":
             generator.model = add_adapter(generator.model, self.config)
         elif is_peft_model(generator.model):
             raise ConfigError(
@@ -236,6 +195,22 @@ class RALTTrainer(SystemTrainer):
                 "or merge it first: generator.model = generator.model.merge_and_unload()"
             )
         return generator.model
+
+    def _check_model(self, rows: Sequence[RALTRow]) -> None:
+        """Refuses tokens that the model has no row for, and packing where instances would see each other."""
+        core = self.system.generator.core
+        names = [f"question {row.id!r}: prompt and response" for row in rows]
+        check_pairs(core, [r.prompt_ids for r in rows], [r.response_ids for r in rows], names, None)
+        if self.config.packing and not packing_works(core):
+            raise ConfigError(
+                f"packing: in {type(core).__name__} with attention {core.config._attn_implementation!r} instances of "
+                "one row would see each other; set packing to false"
+            )
+
+    def _packed_length(self, rows: Sequence[RALTRow]) -> int:
+        """Tokens of a packed row: what `max_length` or the model's context allow, at most four long instances."""
+        limits = [self.config.max_length, self.system.generator.max_length, 4 * max(map(len, rows))]
+        return min(limit for limit in limits if limit is not None)
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """The tensors that `train` moves, by name: the adapter's, or all of the model; adds the adapter if need be."""
@@ -255,77 +230,3 @@ class RALTTrainer(SystemTrainer):
     def _retriever_modules(self) -> list[nn.Module]:
         modules = getattr(self.system.retriever, "trainable_modules", None)
         return list(modules("both").values()) if modules is not None else []
-
-
-def check_rows(run: Run, rows: Sequence[RALTRow], resume: bool) -> None:
-    """Keeps a digest of the training instances in the run's folder; a resumed run must have the same ones.
-
-    Retrieval and tokenisation are done again for a resumed run, and its data order means nothing for other instances.
-
-    Raises:
-        DataError: They differ, or the digest cannot be read.
-    """
-    path = run.dir / "ralt_rows.json"
-    now: dict[str, Any] = {"rows": len(rows)}
-    for part in ("ids", "prompt_ids", "response_ids"):
-        values = [getattr(row, "id" if part == "ids" else part) for row in rows]
-        now[part] = hashlib.sha256(json.dumps(values).encode()).hexdigest()
-    if not resume or not path.exists():
-        if is_first() and (resume or not run.events()):  # a run that has events is not begun again
-            atomic_write_json(path, now)
-        return
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-        kept = {part: before[part] for part in now}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: cannot be read ({error!r}); start a new run") from error
-    reasons = {
-        "ids": "the questions, or how many passages are retrieved for each",
-        "prompt_ids": "the prompts: another corpus, retriever, template or order of the passages",
-        "response_ids": "the answers",
-    }
-    differs = [reason for part, reason in reasons.items() if kept[part] != now[part]]
-    if differs:
-        raise DataError(
-            f"{run.dir} cannot be resumed: it began with {kept['rows']} training instances, now there are "
-            f"{now['rows']}, and they differ in {'; '.join(differs)}. Resume with the corpus, questions and retriever "
-            "of the beginning, or start a new run"
-        )
-
-
-def exchange_passages(examples: Sequence[QAExample], found: Sequence[Sequence[Any]], seed: int) -> list[list[Any]]:
-    """The control: as many passages as were retrieved, but drawn from those retrieved for other questions.
-
-    Raises:
-        DataError: Too few questions for any question to get other passages than its own.
-    """
-    pool = {passage.id: passage for passages in found for passage in passages}
-    exchanged = []
-    for example, passages in zip(examples, found, strict=True):
-        own = {passage.id for passage in passages} | set(example.supporting)
-        others = [passage for identity, passage in pool.items() if identity not in own]
-        if len(others) < len(passages):
-            raise DataError(
-                f'passages="random": only {len(others)} passages were retrieved for other questions than '
-                f"{example.id!r}, {len(passages)} are needed"
-            )
-        exchanged.append(random.Random(f"{seed}:{example.id}").sample(others, len(passages)))
-    return exchanged
-
-
-def add_supporting(
-    store: Any, examples: Sequence[QAExample], found: Sequence[Sequence[Any]], seed: int
-) -> list[list[Any]]:
-    """Puts a supporting passage in the place of a retrieved one, where retrieval found none of them.
-
-    The place is drawn (seeded): always the last one would teach the model to read the last passage.
-    """
-    completed = []
-    for example, retrieved in zip(examples, found, strict=True):
-        passages = list(retrieved)
-        supporting = [identity for identity in example.supporting if identity in store]
-        if passages and supporting and not {passage.id for passage in passages} & set(example.supporting):
-            place = random.Random(f"{seed}:{example.id}").randrange(len(passages))
-            passages[place] = store.get(supporting[:1])[0]
-        completed.append(passages)
-    return completed

@@ -22,7 +22,8 @@ from ragkit.federated.task import FederatedTask  # noqa: E402
 from ragkit.runs import Run  # noqa: E402
 from ragkit.tuning.lsr import LSRTrainer  # noqa: E402
 from ragkit.tuning.manager import TrainerManager  # noqa: E402
-from ragkit.tuning.ralt import Collator, RALTTrainer  # noqa: E402
+from ragkit.tuning.ralt import RALTTrainer  # noqa: E402
+from ragkit.tuning.ralt_rows import Collator  # noqa: E402
 
 TRAIN = {"batch_size": 2, "warmup_steps": 2, "learning_rate": 1e-3, "schedule": "linear"}
 

@@ -1,0 +1,127 @@
+"""The training loss of a causal LM without its logits: only the positions that predict a label meet the head."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ragkit.rag.lm_head import LMHead, core_of, hidden_states, read_head
+
+IGNORED = -100  # the label that the cross-entropy of transformers leaves out
+# Arguments of a model's forward that are about its loss or its logits, not about its hidden states.
+_OF_THE_LOSS = ("labels", "num_items_in_batch", "loss_weights", "logits_to_keep", "return_dict", "use_cache")
+
+
+@contextmanager
+def training_loss(model: Any, fused: bool = True, weighted: bool = False) -> Iterator[bool]:
+    r"""Within the block, a call of the model with labels gives its loss and no logits.
+
+        loss = −Σ_t w_t · log p(y_t | y_<t) / n      over the labels that are not -100
+
+    with n = num_items_in_batch where it is given (as the Trainer does for accumulated batches of unequal length), else
+    the number of labels: the model's own loss, where all weights are 1. The model's own way makes a [B, T, V] tensor
+    of logits, another of their float32 copy and one of their gradient; here the rows of the labels alone are
+    multiplied with the head, block by block, and again in the backward pass (`ragkit_kernels.linear_logprob`).
+
+    What is replaced is the `forward` of the transformers model itself, so that everything around it (PEFT, DDP, mixed
+    precision, the Trainer, checkpoints) goes on as before. Without labels nothing is changed.
+
+    Args:
+        model: A causal LM, or a `PeftModel` of one; not yet wrapped by a trainer.
+        fused: False: the model's own logits, for comparison.
+        weighted: The calls bring `loss_weights` [B, T], float, beside the labels.
+
+    Yields:
+        Whether the loss is fused. If not, `read_head` has said why the model's head cannot be read; then, and without
+        weights, the model's own loss is used.
+    """
+    core = core_of(model)
+    head = read_head(model) if fused else None
+    if head is None and not weighted:
+        yield False
+        return
+    own, before = core.forward, core.__dict__.get("forward")
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        labels = kwargs.get("labels")
+        if labels is None:
+            return own(*args, **kwargs)
+        if args:
+            raise TypeError("within training_loss, call the model with names: model(input_ids=..., labels=...)")
+        given = {name: value for name, value in kwargs.items() if name not in _OF_THE_LOSS and value is not None}
+        rows = _Rows.of(labels, kwargs.get("loss_weights"))
+        if head is not None:
+            hidden = hidden_states(self, **given)  # [B, T, D]
+            layer = self.get_output_embeddings()
+            now = dataclasses.replace(head, weight=layer.weight, bias=layer.bias)
+            logprobs = rows.logprobs(hidden, now)  # [N]
+        else:
+            logits = own(**given, use_cache=False).logits  # [B, T, V]
+            chosen = logits.flatten(0, 1)[rows.positions].float().log_softmax(-1)  # [N, V]
+            logprobs = chosen.gather(1, rows.targets.unsqueeze(1)).squeeze(1)
+        return CausalLMOutputWithPast(loss=rows.loss(logprobs, kwargs.get("num_items_in_batch")))
+
+    core.forward = types.MethodType(forward, core)
+    try:
+        yield head is not None
+    finally:
+        if before is None:
+            core.__dict__.pop("forward", None)
+        else:
+            core.forward = before
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """The N labels of a batch: what predicts them, and what they weigh."""
+
+    positions: Tensor  # [N] places in the flattened [B · T], one to the left of the label's own
+    targets: Tensor  # [N]
+    weights: Tensor | None  # [N]
+
+    @classmethod
+    def of(cls, labels: Tensor, weights: Tensor | None) -> _Rows:
+        row, column = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)  # [N] each; the first token is never predicted
+        positions = row * labels.shape[1] + column
+        return cls(positions, labels[row, column + 1], None if weights is None else weights[row, column + 1])
+
+    def logprobs(self, hidden: Tensor, head: LMHead) -> Tensor:
+        return head.token_logprobs(hidden.flatten(0, 1), self.targets, self.positions)
+
+    def loss(self, logprobs: Tensor, count: Tensor | int | None) -> Tensor:
+        total = -(logprobs if self.weights is None else logprobs * self.weights.to(logprobs)).sum()
+        if count is None:
+            return total / self.targets.numel() if self.targets.numel() else total * torch.nan  # as the model's own
+        return total / (count.to(total.device) if isinstance(count, Tensor) else count)
+
+
+@torch.no_grad()
+def packing_works(model: Any) -> bool:
+    """Whether instances that stand in one row, told apart by positions that start again, do not see each other.
+
+    transformers makes such a mask of `position_ids` where there is no attention mask; not every architecture asks it
+    to. Tried out on two short texts.
+    """
+    core = core_of(model)
+    was_training = core.training
+    core.eval()
+    try:
+        size = core.get_input_embeddings().weight.shape[0]
+        first, second = (torch.arange(n, device=core.device) % size for n in (7, 5))
+        ids = torch.cat([second, first]).unsqueeze(0)  # [1, 12]
+        places = torch.cat([torch.arange(5), torch.arange(7)]).unsqueeze(0).to(core.device)
+        together = core(input_ids=ids, position_ids=places, use_cache=False).logits[0]  # [12, V]
+        alone = [core(input_ids=part.unsqueeze(0), use_cache=False).logits[0] for part in (second, first)]
+    except TypeError:  # it takes no position_ids
+        return False
+    finally:
+        core.train(was_training)
+    wanted = torch.cat(alone).float()
+    return bool((together.float() - wanted).abs().max() <= 1e-2 * wanted.abs().max())
