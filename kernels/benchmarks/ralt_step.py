@@ -1,12 +1,12 @@
-"""One RALT step (forward, backward, AdamW): the model's own loss against ragkit's, which makes no logits of the prompt.
+"""One RALT step (forward, backward, AdamW): the model's own loss against ragkit's, without the prompt's logits.
 
     python kernels/benchmarks/ralt_step.py [--csv results.csv] [--device cuda] [--model NAME] [--rows 8]
 
-A random Llama (4 layers of 256, 32,000 tokens in the vocabulary) trains on rows of 256 tokens of which the last 32 are
-the response, as LoRA and as a whole, in turn within one run; and on rows whose tokens are all labelled, where nothing
-is saved by leaving prompts out. Loss and gradient norm of both ways must agree before anything is timed. Peak memory is
-what a step adds to model, gradients and optimizer: measured by CUDA itself; on a CPU in a process of its own for each,
-by the resident set.
+A random Llama (4 layers of 256, 32,000 tokens in the vocabulary) trains on rows of 256 tokens of which the last 32
+are the response, as LoRA and as a whole, in turn within one run; and on rows whose tokens are all labelled, where
+nothing is saved by leaving prompts out. Loss and gradient norm of both ways must agree before anything is timed. Peak
+memory is what a step adds to model, gradients and optimizer: measured by CUDA itself; on a CPU in a process of its own
+for each, by the resident set.
 """
 
 from __future__ import annotations
