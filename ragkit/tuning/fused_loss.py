@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ragkit.rag.lm_head import LMHead, core_of, hidden_states, read_head
+from ragkit.config import ConfigError
+from ragkit.rag.lm_head import TOLERANCE, LMHead, core_of, hidden_states, read_head
+from ragkit.rag.loading import evaluating
 
 IGNORED = -100  # the label that the cross-entropy of transformers leaves out
 # Arguments of a model's forward that are about its loss or its logits, not about its hidden states.
@@ -39,11 +42,20 @@ def training_loss(model: Any, fused: bool = True, weighted: bool = False) -> Ite
         weighted: The calls bring `loss_weights` [B, T], float, beside the labels.
 
     Yields:
-        Whether the loss is fused. If not, `read_head` has said why the model's head cannot be read; then, and without
-        weights, the model's own loss is used.
+        Whether the loss is fused. If not, a warning has said why: the head cannot be read, or the model's own loss is
+        more than the formula above. Then, and without weights, the model's own loss is used.
+
+    Raises:
+        ConfigError: Weights for a model whose own loss is more than the formula above.
     """
     core = core_of(model)
     head = read_head(model) if fused else None
+    more = _more_than_the_labels(core) if head is not None or weighted else ""
+    if more and weighted:
+        raise ConfigError(f'passage_weights: {more}, which has no weights; set it to "none"')
+    if more:
+        warnings.warn(f"{more}; it is used as it is, which takes more memory and time", stacklevel=3)
+        head = None
     if head is None and not weighted:
         yield False
         return
@@ -103,6 +115,27 @@ class _Rows:
 
 
 @torch.no_grad()
+def _more_than_the_labels(core: Any) -> str:
+    """How a model's own loss differs from the cross-entropy of its own logits, tried out on one text; "" if not.
+
+    Mixtures of experts may add one for their router (`output_router_logits`), and some models predict further tokens.
+    """
+    ids = (torch.arange(8, device=core.device) % core.get_input_embeddings().weight.shape[0]).unsqueeze(0)  # [1, T]
+    with evaluating(core):
+        out = core(input_ids=ids, labels=ids, use_cache=False)
+    if out.logits is None or out.loss is None:
+        return f"{type(core).__name__} makes its loss in a way of its own, without showing logits"
+    wanted = torch.nn.functional.cross_entropy(out.logits[0, :-1].float(), ids[0, 1:].to(out.logits.device)).item()
+    found = out.loss.item()
+    if abs(found - wanted) > 1e-5 * max(1.0, abs(wanted)):  # not so for NaN, which the training itself reports
+        return (
+            f"{type(core).__name__}'s own loss is more than the cross-entropy of its labels "
+            f"({found:.6g}, not {wanted:.6g}, on one text)"
+        )
+    return ""
+
+
+@torch.no_grad()
 def packing_works(model: Any) -> bool:
     """Whether instances that stand in one row, told apart by positions that start again, do not see each other.
 
@@ -110,18 +143,16 @@ def packing_works(model: Any) -> bool:
     to. Tried out on two short texts.
     """
     core = core_of(model)
-    was_training = core.training
-    core.eval()
+    size = core.get_input_embeddings().weight.shape[0]
+    first, second = (torch.arange(n, device=core.device) % size for n in (7, 5))
+    ids = torch.cat([second, first]).unsqueeze(0)  # [1, 12]
+    places = torch.cat([torch.arange(5), torch.arange(7)]).unsqueeze(0).to(core.device)
     try:
-        size = core.get_input_embeddings().weight.shape[0]
-        first, second = (torch.arange(n, device=core.device) % size for n in (7, 5))
-        ids = torch.cat([second, first]).unsqueeze(0)  # [1, 12]
-        places = torch.cat([torch.arange(5), torch.arange(7)]).unsqueeze(0).to(core.device)
-        together = core(input_ids=ids, position_ids=places, use_cache=False).logits[0]  # [12, V]
-        alone = [core(input_ids=part.unsqueeze(0), use_cache=False).logits[0] for part in (second, first)]
+        with evaluating(core):
+            together = core(input_ids=ids, position_ids=places, use_cache=False).logits[0]  # [12, V]
+            alone = [core(input_ids=part.unsqueeze(0), use_cache=False).logits[0] for part in (second, first)]
     except TypeError:  # it takes no position_ids
         return False
-    finally:
-        core.train(was_training)
     wanted = torch.cat(alone).float()
-    return bool((together.float() - wanted).abs().max() <= 1e-2 * wanted.abs().max())
+    difference = (together.float() - wanted).abs().max()
+    return bool(difference <= TOLERANCE.get(together.dtype, 1e-3) * wanted.abs().max())

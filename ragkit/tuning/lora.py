@@ -24,14 +24,21 @@ def add_adapter(model: Any, config: RALTConfig) -> Any:
     W x becomes W x + (alpha / r) B A x, with A random (seeded by `config.train.seed`) and B zero (Hu et al. 2021,
     arXiv:2106.09685); with method="dora" the sum's rows get trained lengths (Liu et al. 2024, arXiv:2402.09353), with
     `lora_rslora` alpha is divided by sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732). A model that carries an adapter
-    already keeps it: it is trained on, with its own rank and kind.
+    already keeps it: it is trained on, with its own rank.
 
     Raises:
-        ConfigError: A name in `lora_targets` is not that of a linear layer.
+        ConfigError: A name in `lora_targets` is not that of a linear layer, or method="dora" on a model with an
+            adapter of another kind.
     """
     from peft import LoraConfig, get_peft_model
 
     if is_peft_model(model):
+        active = [model.peft_config[name] for name in model.active_adapters]
+        if config.method == "dora" and not all(getattr(each, "use_dora", False) for each in active):
+            raise ConfigError(
+                'method: found "dora", but the generator carries an adapter without it; use method="lora" to train '
+                "that on, or merge it first: generator.model = generator.model.merge_and_unload()"
+            )
         return model
     linear = sorted({name.rsplit(".", 1)[-1] for name, layer in model.named_modules() if isinstance(layer, nn.Linear)})
     for target in config.lora_targets or []:

@@ -144,16 +144,18 @@ class RALTTrainer(SystemTrainer):
 
         Raises:
             DataError: No usable question, or (resume) other training instances than those the run began with.
-            ConfigError: `lora_targets` names no layer of the model, or method="full" on a model with an adapter.
+            ConfigError: `lora_targets` names no layer of the model, method="full" or "dora" on a model with an adapter
+                of another kind, or packing with a model that cannot.
+            ScoringError: Tokens that the model has no row for.
             NonFiniteLossError: The loss became NaN or infinite.
         """
         config, generator = self.config, self.system.generator
         rows = self.rows()
         eval_rows = self._make_rows(self.eval_data)[0] if self.eval_data is not None else None
+        self._check_model([*rows, *(eval_rows or [])])
+        model = self._prepared_model()
         run = self.open_run(resume)
         check_rows(run, rows, resume)
-        model = self._prepared_model()
-        self._check_model(rows)
         collator = Collator(generator.pad_id, self._packed_length(rows) if config.packing else None)
         weighted = config.passage_weights != "none"
         retrievers = self._retriever_modules()
