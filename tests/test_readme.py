@@ -89,11 +89,9 @@ def test_a_graph_model_is_trained_on_your_questions(tmp_path):
     assert (next((tmp_path / "runs").iterdir()) / "model" / "config.json").is_file()
 
 
-@pytest.mark.slow
-def test_own_data_in_ten_lines(tmp_path):
-    """The README's example as it stands, on a corpus of a few rows."""
-    (code,) = [block for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if "my_corpus" in block]
-    assert len([line for line in code.splitlines() if line.strip()]) <= 11
+def run_on_own_data(marker, tmp_path):
+    """The README's example that holds `marker`, as it stands, on a corpus of a few rows."""
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if marker in block]
     towns = {
         "Peru": "Lima",
         "Norway": "Oslo",
@@ -106,7 +104,7 @@ def test_own_data_in_ten_lines(tmp_path):
     rows = [
         {"question": f"What is the capital of {c}?", "answer": t, "supporting_facts": [c]} for c, t in towns.items()
     ]
-    for name, lines in (("my_corpus", passages), ("train", rows[:4]), ("test", rows[4:])):
+    for name, lines in (("my_corpus", passages), ("train", rows[:4]), ("test", rows[2:])):
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (tmp_path / f"{name}.jsonl").write_text(text, encoding="utf-8")
     done = subprocess.run(
@@ -118,5 +116,25 @@ def test_own_data_in_ten_lines(tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    assert "recall@1" in done.stdout and "em" in done.stdout
+    return code, done.stdout
+
+
+@pytest.mark.slow
+def test_own_data_in_ten_lines(tmp_path):
+    code, printed = run_on_own_data("compare(before", tmp_path)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 11
+    assert "recall@1" in printed and "em" in printed
     assert (tmp_path / "my_system").is_dir()
+
+
+@pytest.mark.slow
+def test_a_federated_training(tmp_path):
+    pytest.importorskip("flwr")
+    _, printed = run_on_own_data("get_federated_task", tmp_path)
+    assert "round 3/3: 4 clients, 12 rows" in printed and "MB sent" in printed
+
+
+def test_names_of_fedrag_are_there():
+    (code,) = [b for b in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if "compat.fedrag" in b]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
