@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, GenerationConfig, LogitsProcessorList, P
 
 from ragkit.files import atomic_dir
 from ragkit.prompts import PromptTemplate, fit, get_template
+from ragkit.rag.chat import AnswerFrame, answer_frame, render_chat
 from ragkit.rag.ensemble import EnsembleProcessor, ensemble_batches
 from ragkit.rag.loading import (
     can_keep_name,
@@ -125,8 +126,16 @@ class Generator:
 
     @property
     def eos_id(self) -> int | None:
-        """The token that ends a response; None if the tokenizer has none."""
+        """The tokenizer's EOS token; None if it has none."""
         return self.tokenizer.eos_token_id
+
+    @property
+    def end_id(self) -> int | None:
+        """The token that ends a response: the chat template's own end of a turn, else the EOS token."""
+        return self._frame().end_id
+
+    def _frame(self) -> AnswerFrame:
+        return answer_frame(self.tokenizer, self.system_prompt) if self.chat_template else AnswerFrame("", self.eos_id)
 
     @property
     def pad_id(self) -> int | None:
@@ -164,9 +173,7 @@ class Generator:
 
     def _prompt_ids(self, prompt: str) -> list[int]:
         if self.chat_template:
-            turns = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
-            turns.append({"role": "user", "content": prompt})
-            text = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+            text = render_chat(self.tokenizer, prompt, self.system_prompt)
             return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         ids = list(self.tokenizer(prompt, verbose=False)["input_ids"])  # too long is no news here: `fit` cuts it
         if len(ids) > 1 and ids[-1] == self.eos_id:  # some tokenizers end every text; the answer is still to come
@@ -178,25 +185,26 @@ class Generator:
 
         Args:
             text: The answer.
-            eos: Ends it with the EOS token, which training needs: without it the model never learns to stop.
-            template: Gives the `response_prefix`; a space by default, nothing after a chat template.
+            eos: Ends it with `end_id`, which training needs: without it the model never learns to stop.
+            template: Gives the `response_prefix`, a space by default; with a chat template that one's own.
 
         Raises:
             TokenizerError: `eos` is on, but the tokenizer has no EOS token.
         """
-        if eos and self.eos_id is None:
+        frame = self._frame()
+        if eos and frame.end_id is None:
             raise TokenizerError("the tokenizer has no EOS token to end the response with; set one or pass eos=False")
         prefix = " " if template is None else get_template(template).response_prefix
         # SentencePiece tokenizers put a space before a text that stands alone; behind an anchor they do not.
         anchor = "\n" if self.chat_template else ":"
         head = list(self.tokenizer(anchor, add_special_tokens=False)["input_ids"])
-        text = text.strip() if self.chat_template else prefix + text.strip()
+        text = (frame.prefix if self.chat_template else prefix) + text.strip()
         ids = list(self.tokenizer(anchor + text, add_special_tokens=False)["input_ids"])
         if ids[: len(head)] == head:
             ids = ids[len(head) :]
         else:  # the anchor grew into the text's first token
             ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        return [*ids, self.eos_id] if eos and self.eos_id is not None else ids
+        return [*ids, frame.end_id] if eos and frame.end_id is not None else ids
 
     def generate_ids(self, prompts: Sequence[Sequence[int]], max_new_tokens: int | None = None) -> list[str]:
         """Greedy answers to prompts given as token ids.
@@ -277,7 +285,9 @@ class Generator:
         """How answers are found: greedily, to an end token or `limit` tokens. A subclass may sample."""
         own = self.core.generation_config
         assert own is not None
-        ends = {self.eos_id} | set(own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id])
+        ends = {self.eos_id, self.end_id} | set(
+            own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+        )
         return GenerationConfig(
             do_sample=False,
             num_beams=1,

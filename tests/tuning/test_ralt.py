@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import shutil
 import warnings
@@ -89,6 +90,38 @@ def test_it_overfits_and_then_answers(system, questions, config, method):
     assert losses(result)[-1] < 0.2 < 3 < losses(result)[0]
     answers = system.batch_generate([q["question"] for q in few], [system.retrieve(q["question"], 2) for q in few])
     assert answers == [q["answer"] for q in few]
+
+
+@pytest.mark.slow
+def test_a_chat_is_trained_with_the_prompts_and_the_end_of_turn_of_its_answers(system, questions, config, tmp_path):
+    generator = system.generator
+    generator.tokenizer = copy.deepcopy(generator.tokenizer)
+    generator.tokenizer.add_tokens(["<turn>", "</turn>"], special_tokens=True)
+    generator.tokenizer.chat_template = (
+        "{% for m in messages %}<turn>{{ m.role }}\n{{ m.content }}</turn>\n{% endfor %}"
+        "{% if add_generation_prompt %}<turn>assistant\n{% endif %}"
+    )
+    generator.model.resize_token_embeddings(len(generator.tokenizer))
+    generator.chat_template, generator.system_prompt = True, "Be brief."
+    few = questions[:4]
+    settings = config(method="full", context="joined", train={"max_steps": 100, "learning_rate": 2e-2})
+    trainer = RALTTrainer(system, few, settings)
+    asked = []
+    generate = generator.generate_ids
+    generator.generate_ids = lambda prompts, *args: [asked.extend(prompts), generate(prompts, *args)][1]
+    system.batch_generate([q["question"] for q in few], [row.passages for row in trainer.rows()])
+    assert [list(row.prompt_ids) for row in trainer.rows()] == asked
+    end = generator.tokenizer.convert_tokens_to_ids("</turn>")
+    for row, question in zip(trainer.rows(), few, strict=True):
+        assert row.prompt.startswith("<turn>system\nBe brief.</turn>\n<turn>user\nPassage: ")
+        assert row.prompt.endswith("\nAnswer:</turn>\n<turn>assistant\n") and row.response_ids[-1] == end
+        assert row.response == f"{question['answer']}</turn>"
+    assert losses(trainer.train())[-1] < 0.2
+    del generator.generate_ids
+    loaded = type(system).load(system.save(tmp_path / "system"), device="cpu")
+    for asked_one in (system, loaded):  # answers end with the turn, not with the longest answer
+        answers = asked_one.batch_generate([q["question"] for q in few], [row.passages for row in trainer.rows()])
+        assert answers == [q["answer"] for q in few]
 
 
 def test_lora_moves_the_adapter_only(system, questions, config, weights, same):
