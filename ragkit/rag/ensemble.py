@@ -9,6 +9,10 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from ragkit.rag.loading import evaluating
+from ragkit.rag.logprob import response_token_logprobs
+from ragkit.rag.scoring import check_finite, check_pairs
+
 
 class EnsembleProcessor(LogitsProcessor):
     r"""Mixes the next-token distributions of all prompts of a question, so that they go on as one.
@@ -70,3 +74,47 @@ def ensemble_batches(
         batches[-1].append(i)
         room -= len(prompts[i])
     return batches
+
+
+def ensemble_logprob(
+    generator: Any,
+    prompts: Sequence[Sequence[Sequence[int]]],
+    weights: Sequence[Sequence[float]],
+    responses: Sequence[Sequence[int]],
+) -> Tensor:
+    r"""log p(y | q) = Σ_t log Σ_d P_R(d | q) · p_LM(y_t | d, q, y_<t): how likely the ensemble answers so, in nats.
+
+    exp(-log p / number of tokens) is the perplexity of the answer. No logits of a prompt are made.
+
+    Args:
+        generator: A `Generator`.
+        prompts: For each question its prompts as token ids, one a passage.
+        weights: For each question the weight of each prompt (`passage_weights`), adding up to 1.
+        responses: For each question the answer's token ids, from `Generator.encode_response`.
+
+    Returns:
+        float64 [number of questions] on the CPU, without gradient. An empty response has log-probability 0.
+
+    Raises:
+        ValueError: A question without a prompt, or with another number of weights.
+        ScoringError: Pairs that are too long or have unknown tokens, or scores that are not finite.
+    """
+    core, result = generator.core, torch.zeros(len(prompts), dtype=torch.float64)
+    batches = ensemble_batches(prompts, weights, generator.batch_size)
+    for number, (own, response) in enumerate(zip(prompts, responses, strict=True)):
+        names = [f"question number {number}, prompt number {k}: prompt and response" for k in range(len(own))]
+        check_pairs(core, own, [response] * len(own), names, generator.max_length)
+    with torch.no_grad(), evaluating(core):
+        for batch in batches:
+            asked = [prompt for i in batch for prompt in prompts[i]]
+            answers = [responses[i] for i in batch for _ in prompts[i]]
+            logprobs = response_token_logprobs(core, asked, answers, generator.pad_id)[1].cpu().double()
+            start = 0
+            for i in batch:
+                shape = len(prompts[i]), len(responses[i])
+                each = logprobs[start : start + shape[0] * shape[1]].view(shape)  # [K, T]
+                shares = torch.tensor(weights[i], dtype=torch.float64).log().unsqueeze(1)  # [K, 1]
+                result[i] = (each + shares).logsumexp(0).sum()
+                start += each.numel()
+            check_finite(result[batch], [f"question number {i}" for i in batch], core.dtype)
+    return result

@@ -46,6 +46,24 @@ def response_logprobs(
     Raises:
         SharingError: `shared` is given, and the model keeps no plain key-value cache (sliding windows, states).
     """
+    of_row, logprobs = response_token_logprobs(model, prompts, responses, pad_id, shared)
+    # In double precision and one after the other: the sum of a long response, the same in every batch. Not every
+    # accelerator has float64, so it is made on the CPU.
+    return torch.zeros(len(prompts), dtype=torch.float64).index_add(0, of_row, logprobs.cpu().double())
+
+
+def response_token_logprobs(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    pad_id: int,
+    shared: Sequence[tuple[int, int]] = (),
+) -> tuple[Tensor, Tensor]:
+    """The log-probability of each token of each response; arguments and errors as of `response_logprobs`.
+
+    Returns:
+        The row of each of the N tokens, int64 [N] on the CPU, and its log-probability, float32 [N].
+    """
     if not all(prompts):
         raise ValueError("an empty prompt predicts nothing: a prompt needs at least one token")
     device = model.device
@@ -80,9 +98,7 @@ def response_logprobs(
         place = (of_row * logits.shape[1] + position - (width - logits.shape[1])).to(device)  # [N]
         logprobs = torch.log_softmax(logits.flatten(0, 1)[place].float(), dim=-1)  # [N, V]
         logprobs = logprobs.gather(1, targets.unsqueeze(1)).squeeze(1)  # [N]
-    # In double precision and one after the other: the sum of a long response, the same in every batch. Not every
-    # accelerator has float64, so it is made on the CPU.
-    return torch.zeros(len(prompts), dtype=torch.float64).index_add(0, of_row, logprobs.cpu().double())
+    return of_row, logprobs
 
 
 def _padded(lists: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:

@@ -7,10 +7,13 @@ import copy
 import pytest
 import torch
 
+from ragkit.evaluation import evaluate
 from ragkit.rag.corpus import RetrievedPassage
-from ragkit.rag.ensemble import EnsembleProcessor, ensemble_batches, passage_weights
+from ragkit.rag.ensemble import EnsembleProcessor, ensemble_batches, ensemble_logprob, passage_weights
 from ragkit.rag.generator import Generator
+from ragkit.rag.scoring import ScoringError
 from ragkit.rag.system import RAGSystem
+from ragkit.tuning.qa_data import load_qa
 
 SOURCES = [
     "Lima is the capital of Peru.",
@@ -117,3 +120,40 @@ def test_a_system_answers_from_an_ensemble_also_after_loading(generator, minilm,
     assert loaded.query(QUESTIONS[0]).text == wanted
     system.config.answer_from = "joined"
     assert system.query(QUESTIONS[0]).text != wanted
+
+
+@torch.no_grad()
+def test_logprob_of_an_answer_equals_the_formula_in_float64(generator, tiny_lm):
+    exact = copy.deepcopy(tiny_lm).double()
+    prompts = [[generator.encode_prompt("plain", q, [s]) for s in SOURCES[: n + 1]] for n, q in enumerate(QUESTIONS)]
+    weights = [[1.0], [0.3, 0.7], [0.2, 0.0, 0.8]]
+    responses = [generator.encode_response(answer) for answer in ("Lima", "Paris in France", "the Nile")]
+    wanted = []
+    for own, shares, response in zip(prompts, weights, responses, strict=True):
+        total = 0.0
+        for t, token in enumerate(response):
+            share = [exact(torch.tensor([p + response[:t]])).logits[0, -1].softmax(-1)[token] for p in own]
+            total += sum(w * p for w, p in zip(shares, share, strict=True)).log()
+        wanted.append(total)
+    for size in (1, 4, 16):
+        generator.batch_size = size
+        found = ensemble_logprob(generator, prompts, weights, responses)
+        torch.testing.assert_close(found, torch.stack(wanted), rtol=0, atol=1e-4)
+    single = generator.sequence_logprob([p[0] for p in prompts], responses)
+    found = ensemble_logprob(generator, [p[:1] for p in prompts], [[1.0]] * 3, responses)
+    torch.testing.assert_close(found, single, rtol=0, atol=1e-5)
+    assert ensemble_logprob(generator, prompts, weights, [[], responses[1], []]).tolist()[::2] == [0.0, 0.0]
+    assert ensemble_logprob(generator, [], [], []).shape == (0,)
+    with pytest.raises(ScoringError, match="question number 1, prompt number 1: prompt and response: token 99999"):
+        ensemble_logprob(generator, [*prompts[:1], [prompts[1][0], [99999]]], weights[:2], responses[:2])
+
+
+def test_an_evaluation_reads_the_ensemble(generator, minilm):
+    system = RAGSystem.from_documents(
+        SOURCES, generator=generator, prompt="plain", answer_from="ensemble", top_k=2, device="cpu"
+    )
+    texts = [answer.text for answer in system.batch_query(QUESTIONS)]
+    rows = [{"id": str(n), "question": q, "answer": texts[n]} for n, q in enumerate(QUESTIONS)]
+    assert evaluate(system, load_qa(rows)).metrics["em"].mean == 1.0
+    system.config.answer_from = "joined"
+    assert evaluate(system, load_qa(rows)).metrics["em"].mean < 1.0
