@@ -12,8 +12,8 @@ for each, by the resident set.
 from __future__ import annotations
 
 import argparse
-import contextlib
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,8 @@ def make_batch(args: argparse.Namespace, kind: str, vocabulary: int) -> dict[str
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
-def trainee(args: argparse.Namespace, kind: str) -> tuple[Any, Any]:
-    """The model to train, with its adapter, and its optimizer."""
+def trainee(args: argparse.Namespace, kind: str, way: str, stack: ExitStack) -> tuple[Any, Any]:
+    """The model to train, with its adapter and its way to the loss until the stack ends, and its optimizer."""
     model = make_model(args)
     if kind == "lora":
         from peft import LoraConfig, get_peft_model
@@ -47,13 +47,14 @@ def trainee(args: argparse.Namespace, kind: str) -> tuple[Any, Any]:
         torch.manual_seed(0)
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear"))
     model.train()
+    if way == "ragkit":
+        stack.enter_context(training_loss(model))
     return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
 
 
-def step(model: Any, optimizer: Any, batch: dict[str, Any], way: str) -> tuple[float, float]:
+def step(model: Any, optimizer: Any, batch: dict[str, Any]) -> tuple[float, float]:
     """(loss, gradient norm) of one step."""
-    with training_loss(model) if way == "ragkit" else contextlib.nullcontext():
-        loss = model(**batch, use_cache=False).loss
+    loss = model(**batch, use_cache=False).loss
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
     optimizer.step()
@@ -66,13 +67,14 @@ def peak_mib(name: str, args: argparse.Namespace) -> float:
     if args.device == "cpu" and not args.measure_memory:
         return in_child(__file__, "--measure-memory", name, *(f"--{key}={getattr(args, key)}" for key in SIZES))
     kind, way = name.split("/")
-    model, optimizer = trainee(args, kind)
-    vocabulary = model.get_output_embeddings().weight.shape[0]
     small = argparse.Namespace(**{**vars(args), "rows": 1, "tokens": 4, "response": 2})
-    warm_up = partial(step, model, optimizer, make_batch(small, kind, vocabulary), way)
-    return memory_growth(
-        warm_up, partial(step, model, optimizer, make_batch(args, kind, vocabulary), way), args.device
-    )
+    with ExitStack() as stack:
+        model, optimizer = trainee(args, kind, way, stack)
+        vocabulary = model.get_output_embeddings().weight.shape[0]
+        warm_up, method = (
+            partial(step, model, optimizer, make_batch(sizes, kind, vocabulary)) for sizes in (small, args)
+        )
+        return memory_growth(warm_up, method, args.device)
 
 
 def main() -> None:
@@ -94,17 +96,18 @@ def main() -> None:
     for kind in KINDS:
         steps: dict[str, Callable[[], Any]] = {}
         found = {}
-        for way in WAYS:
-            model, optimizer = trainee(args, kind)
-            batch = make_batch(args, kind, model.get_output_embeddings().weight.shape[0])
-            steps[way] = partial(step, model, optimizer, batch, way)
-            found[way] = steps[way]()
-        tolerance = 1e-5 if args.dtype == "float32" else 2e-2
-        torch.testing.assert_close(
-            torch.tensor(found["ragkit"]), torch.tensor(found["own"]), rtol=tolerance, atol=1e-5
-        )
-        times = in_turn(steps, args.rounds, args.device)
-        del steps
+        with ExitStack() as stack:
+            for way in WAYS:
+                model, optimizer = trainee(args, kind, way, stack)
+                batch = make_batch(args, kind, model.get_output_embeddings().weight.shape[0])
+                steps[way] = partial(step, model, optimizer, batch)
+                found[way] = steps[way]()
+            tolerance = 1e-5 if args.dtype == "float32" else 2e-2
+            torch.testing.assert_close(
+                torch.tensor(found["ragkit"]), torch.tensor(found["own"]), rtol=tolerance, atol=1e-5
+            )
+            times = in_turn(steps, args.rounds, args.device)
+        del steps, model, optimizer
         peaks = {way: peak_mib(f"{kind}/{way}", args) for way in WAYS}
         for way in WAYS:
             rows.append(
