@@ -175,9 +175,11 @@ class RALTTrainer(SystemTrainer):
                     data_collator=collator,
                     callbacks=self.callbacks,
                 )
-                result = run_training(trainer, run, resume=resume)
-                # Takes mixed precision's wrapper off `forward`: inference keeps the model's own number format.
-                trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+                try:
+                    result = run_training(trainer, run, resume=resume)
+                finally:
+                    # Takes mixed precision's wrapper off `forward`: inference keeps the model's own number format.
+                    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         finally:
             if config.train.gradient_checkpointing:  # transformers >= 5.2x calls it activation checkpointing
                 new, old = "activation_checkpointing_disable", "gradient_checkpointing_disable"
