@@ -25,7 +25,7 @@ from measure import append_rows, in_child, in_turn, memory_growth, show, where
 from ragkit.tuning.fused_loss import training_loss
 
 WAYS = ("own", "ragkit")
-KINDS = ("lora", "full", "full_all_labels")
+KINDS = ("lora", "full", "lora_all_labels", "full_all_labels")
 SIZES = ("model", "dtype", "rows", "tokens", "response", "device")
 
 
@@ -33,7 +33,7 @@ def make_batch(args: argparse.Namespace, kind: str, vocabulary: int) -> dict[str
     random = torch.Generator().manual_seed(1)
     ids = torch.randint(vocabulary, (args.rows, args.tokens), generator=random).to(args.device)  # [B, T]
     labels = ids.clone()
-    if kind != "full_all_labels":
+    if not kind.endswith("_all_labels"):
         labels[:, : args.tokens - args.response] = -100
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
@@ -41,7 +41,7 @@ def make_batch(args: argparse.Namespace, kind: str, vocabulary: int) -> dict[str
 def trainee(args: argparse.Namespace, kind: str, way: str, stack: ExitStack) -> tuple[Any, Any]:
     """The model to train, with its adapter and its way to the loss until the stack ends, and its optimizer."""
     model = make_model(args)
-    if kind == "lora":
+    if kind.startswith("lora"):
         from peft import LoraConfig, get_peft_model
 
         torch.manual_seed(0)
@@ -117,7 +117,7 @@ def main() -> None:
                     "dtype": args.dtype,
                     "rows": args.rows,
                     "tokens": args.tokens,
-                    "labelled": args.tokens if kind == "full_all_labels" else args.response,
+                    "labelled": args.tokens if kind.endswith("_all_labels") else args.response,
                     "trained": kind.split("_")[0],
                     "loss": way,
                     "ms": round(times[way]["ms"], 1),
