@@ -63,7 +63,7 @@ ROOMS = [
         "ragkit.config",
     ],
     ["ragkit.runs", "ragkit.tables", "ragkit.threads"],
-    ["ragkit.processes", "ragkit.trained_part", "ragkit.run_callback", "ragkit.engine"],
+    ["ragkit.processes", "ragkit.trained_part", "ragkit.holding_out", "ragkit.best", "ragkit.run_callback", "ragkit.engine"],
     ["ragkit.prompts", "ragkit.metrics", "ragkit.intervals", "ragkit.evaluation", "ragkit.plots"],
     ["ragkit.rag", "ragkit.graph"],
     ["ragkit.tuning", "ragkit.gfm", "ragkit.federated"],

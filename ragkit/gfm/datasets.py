@@ -8,14 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ragkit.gfm.linking import make_linker, relinked
 from ragkit.gfm.questions import QuestionSet
 from ragkit.gfm.text_encoder import embed_relations
 from ragkit.gfm_config import GFMDatasets
 from ragkit.graph import KnowledgeGraph
+from ragkit.holding_out import hold_out
 
 SMALL_WORLD = "small_world"
 
@@ -217,43 +215,5 @@ def hold_out_questions(questions: QuestionSet, share: float, seed: int) -> tuple
     Returns:
         (places to train on, places held out), both ascending.
     """
-    groups = _groups(questions)
-    whole = [i for i in range(len(questions)) if not questions.is_part[i]]
-    wanted = round(share * len(whole))
-    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()
-    out: set[int] = set()
-    held: list[int] = []
-    for number in order:
-        mine = [i for i in groups[number] if not questions.is_part[i]]
-        if len(held) >= max(1, wanted) or len(out) + len(groups[number]) >= len(questions):
-            break
-        if mine and len(held) + len(mine) <= max(1, wanted) * 1.5:  # a giant group stays in training
-            out.update(groups[number])
-            held += mine
-    if not held:  # of two large groups the smaller one, rather than none to choose a model by
-        scored = [group for group in groups if len(group) < len(questions) and not all(questions.is_part[group])]
-        for group in sorted(scored, key=len)[:1]:
-            out.update(group)
-            held = [i for i in group if not questions.is_part[i]]
-    return [i for i in range(len(questions)) if i not in out], sorted(held)
-
-
-def _groups(questions: QuestionSet) -> list[list[int]]:
-    """Places of the questions that are connected through shared supporting documents, group by group."""
-    parent: dict[int, int] = {}
-
-    def root(document: int) -> int:
-        while parent.setdefault(document, document) != document:
-            parent[document] = parent[parent[document]]
-            document = parent[document]
-        return document
-
-    documents: list[Tensor] = [questions.supporting_documents[i] for i in range(len(questions))]
-    for ids in documents:
-        first = root(int(ids[0]))
-        for document in ids[1:].tolist():
-            parent[root(document)] = first
-    groups: dict[int, list[int]] = {}
-    for place, ids in enumerate(documents):
-        groups.setdefault(root(int(ids[0])), []).append(place)
-    return list(groups.values())
+    documents = [questions.supporting_documents[i].tolist() for i in range(len(questions))]
+    return hold_out(documents, share, seed, [not bool(part) for part in questions.is_part])

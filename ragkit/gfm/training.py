@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,10 +13,10 @@ import torch.distributed
 from torch import nn
 from transformers import TrainerCallback
 
+from ragkit.best import best_of, give_to_all, keep_if_better
 from ragkit.config import TrainConfig
 from ragkit.engine import RunTrainer, TrainResult, run_training, training_arguments
 from ragkit.evaluation import EvaluationResult
-from ragkit.files import atomic_write_json
 from ragkit.gfm.batches import BatchKey, EpochBatches, EpochLoader
 from ragkit.gfm.checkpoint import load_gfm, save_gfm
 from ragkit.gfm.graph_view import view_of
@@ -32,8 +31,9 @@ from ragkit.rag.loading import resolve_device
 from ragkit.runs import Run, RunError
 from ragkit.settings import ConfigError
 
-MODEL, BEST = "model", "best.json"
+MODEL = "model"
 LOWER_IS_BETTER = ("mr",)
+__all__ = ["MODEL", "GFMTraining", "best_of", "new_model"]
 M = TypeVar("M", bound=GraphModel)
 C = TypeVar("C", bound=GFMRunConfig)
 
@@ -138,9 +138,7 @@ class GFMTraining(ABC, Generic[M, C]):
             save_gfm(self.model, folder, encoder=self.encoder_facts())
         elif is_first():
             self.model.load_state_dict(load_gfm(folder).state_dict())
-        if world_size() > 1:  # the best weights are with the first process
-            for parameter in self.model.parameters():
-                torch.distributed.broadcast(parameter.data, src=0)
+        give_to_all(self.model.parameters())  # the best weights are with the first process
         return result
 
     def engine_settings(self, batches: int) -> TrainConfig:
@@ -279,19 +277,10 @@ class _Best(TrainerCallback):
         value = (metrics or {}).get(f"eval_{self.metric}")
         if value is None:
             return
-        path = self.run.dir / BEST
-        before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-        sign = -1.0 if self.metric.rpartition("/")[2] in LOWER_IS_BETTER else 1.0
-        if before is None or sign * value > sign * before["value"]:
-            # The weights first: a run that is killed in between finds the same ones again when it is resumed.
-            save_gfm(self.training.model, self.run.dir / MODEL, encoder=self.training.encoder_facts())
-            atomic_write_json(path, {"metric": self.metric, "value": value, "step": state.global_step})
-
-
-def best_of(run: Run) -> dict[str, Any] | None:
-    """{"metric", "value", "step"} of the best evaluation of a run; None if it has had none."""
-    path = run.dir / BEST
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        training, run = self.training, self.run
+        lower = self.metric.rpartition("/")[2] in LOWER_IS_BETTER
+        save = lambda: save_gfm(training.model, run.dir / MODEL, encoder=training.encoder_facts())  # noqa: E731
+        keep_if_better(run, self.metric, value, state.global_step, save, lower)
 
 
 def new_model(config: GFMRunConfig, kind: Any, width: int) -> Any:
