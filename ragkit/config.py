@@ -76,8 +76,9 @@ class QuickstartConfig(Config):
 
     rag: RAGConfig = group(RAGConfig(), "the RAG system")
     lsr: LSRConfig = group(
-        # Minutes long and never resumed: no checkpoints on the way.
-        LSRConfig(train=TrainConfig(max_steps=125, batch_size=16, learning_rate=2e-5, save_steps=None)),
+        # Minutes long and never resumed: no checkpoints on the way. The last weights, because the control with the
+        # shuffled teacher is to show what training does, not that it is undone.
+        LSRConfig(keep="last", train=TrainConfig(max_steps=125, batch_size=16, learning_rate=2e-5, save_steps=None)),
         "training of the retriever (its data, rag, system and output_dir are not used)",
     )
     ralt: RALTConfig = group(

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
+from ragkit.best import Kept
 from ragkit.config import TrainConfig
 from ragkit.run_callback import NothingLeftError, RunCallback, ZeroGradientWarning
 from ragkit.runs import Run, RunError, checkpoint_is_complete, checkpoint_step
@@ -258,6 +259,7 @@ class TrainResult:
         run_dir: The run folder.
         stopped: Whether the stop flag ended the training before its last step.
         metrics: Last value of every evaluation, and how long it took.
+        kept: Which weights the training ended with, where they were chosen by held-out questions (LSR).
     """
 
     loss: float
@@ -266,12 +268,15 @@ class TrainResult:
     run_dir: Path
     stopped: bool = False
     metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
+    kept: Kept | None = None
 
     def _rows(self) -> list[tuple[str, str]]:
         losses = [event["loss"] for event in self.history if event.get("loss") is not None]
         curve = f"{self.loss:.4f} (first {losses[0]:.4f}, last {losses[-1]:.4f})" if losses else f"{self.loss:.4f}"
         rows = [("mean loss", curve), ("steps", f"{self.steps}{' (stopped early)' if self.stopped else ''}")]
         rows += [(name, f"{value:.4f}") for name, value in self.metrics.items() if name.startswith("eval_")]
+        if self.kept is not None:
+            rows.append(("kept", str(self.kept)))
         if "seconds" in self.metrics:
             rows.append(("time", f"{self.metrics['seconds']:.1f} s"))
         return [*rows, ("run folder", str(self.run_dir))]

@@ -85,6 +85,19 @@ class LSRConfig(Config):
         unit="steps",
         ge=1,
     )
+    keep: Literal["best", "last"] = setting(
+        "best",
+        "Weights that training ends with: those that did best on held-out training questions, the initial ones among "
+        "them, or those of the last step.",
+    )
+    valid_share: float | None = setting(
+        None,
+        "Share of the training questions that is held out to choose the weights by, scored every train.eval_steps "
+        "(null: eight times); null: 0.1 where that is at least 20 questions, else none.",
+        unit="share",
+        ge=0,
+        lt=1,
+    )
     freeze_embeddings: bool = setting(True, "Leaves the encoder's word embeddings as they are.")
     score_batch_size: int = setting(
         64, "Pairs of question and passage that the LM scores at once.", unit="pairs", ge=1

@@ -43,7 +43,8 @@ class FederatedTask:
     def __init__(
         self, trainer: SystemTrainer, config: FederatedConfig | None = None, folder: Path | None = None
     ) -> None:
-        self.trainer = trainer
+        # Each client would keep other weights than those that it has trained for the round.
+        self.trainer = trainer.for_rounds()
         self.config = config or FederatedConfig()
         self.folder = folder
 

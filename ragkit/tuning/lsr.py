@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -17,8 +18,9 @@ from ragkit.runs import Run, checkpoint_step
 from ragkit.tuning.candidates import Candidates, collate, collate_ids, score_scale
 from ragkit.tuning.lsr_objective import batch_negatives, lsr_objective, widen
 from ragkit.tuning.lsr_table import TeacherWarning, lsr_table, summarise_teacher
-from ragkit.tuning.qa_data import DataError
+from ragkit.tuning.qa_data import DataError, QAExample
 from ragkit.tuning.refresh import RefreshCallback, drop_refreshes_after, refresh_rows
+from ragkit.tuning.selection import HELD_OUT, Selection, hold_out_examples, judged_by_passages
 from ragkit.tuning.teacher import (
     FOLDER,
     LSRRow,
@@ -109,6 +111,10 @@ class LSRTrainer(SystemTrainer):
 
     The encoders stay in eval mode (no dropout, see `LSRModel`); the generator requires no gradient meanwhile.
 
+    With `keep="best"` a part of the training questions (`valid_share`) is held out, and the retriever ends with the
+    weights that did best on them, the initial ones among them (see `ragkit.tuning.selection.Selection`): a teacher
+    that is noise, or too many steps, then cost nothing but the time.
+
     With `refresh_steps` the passages are retrieved anew every so many steps, and new ones scored (REPLUG refreshes its
     index likewise); with `in_batch_negatives` P_R is over the passages of the whole batch (see `lsr_objective`). A
     resumed run is the unbroken one, bit for bit where the machine's arithmetic is (on a GPU with `score_memory` set).
@@ -169,6 +175,38 @@ class LSRTrainer(SystemTrainer):
                 )
         self._candidates: Candidates | None = None
         self._scale: float | None = None
+        self._hold_out()
+
+    def _hold_out(self) -> None:
+        """Parts the questions, and the rows if there are any, in those to train on and those held out."""
+        self._to_train, self._held_out = hold_out_examples(self.data, self.config)
+        ids = {example.id for example in self._held_out}
+        rows, self._held_rows = self._rows, None
+        if rows is not None and ids:
+            self._rows = [row for row in rows if row.id not in ids] or None
+            self._held_rows = [row for row in rows if row.id in ids] or None
+
+    def _all_rows(self) -> list[LSRRow] | None:
+        """The rows of all questions; None where those of the held-out ones were not made."""
+        if self._rows is None or (self._held_out and self._held_rows is None):
+            return None
+        return [*self._rows, *(self._held_rows or [])]
+
+    @property
+    def held_out(self) -> list[QAExample]:
+        """Training questions that are not trained on, but choose the weights; see `hold_out_examples`."""
+        return hold_out_examples(self.data, self.config)[1]
+
+    def for_rounds(self) -> LSRTrainer:
+        """This trainer with `keep="last"`: nothing is held out."""
+        if self.config.keep == "last" or not self._held_out:
+            return self
+        other = copy.copy(self)
+        other.config = self.config.model_copy(update={"keep": "last"})
+        other._rows = self._all_rows()
+        other._scale = None
+        other._hold_out()
+        return other
 
     def rows(self) -> list[LSRRow]:
         """The training rows: each question with the passages that were retrieved for it and the teacher's scores.
@@ -186,7 +224,7 @@ class LSRTrainer(SystemTrainer):
 
     def _initial_rows(self) -> list[LSRRow]:
         if self._rows is None:
-            self._rows, self.left_out = build_rows(self.system, self.data, self.config, self.teacher)
+            self._rows, self.left_out = build_rows(self.system, self._to_train, self.config, self.teacher)
             self.report_left_out(len(self._rows))
         return self._rows
 
@@ -233,8 +271,10 @@ class LSRTrainer(SystemTrainer):
         """
         config, retriever = self.config, self.system.retriever
         run = self.open_run(resume)
-        key = content_key(self.data, config, self.teacher, self.system.generator)
+        key = content_key(self._to_train, config, self.teacher, self.system.generator)
         candidates = self._candidates = Candidates(self._rows_of(run, resume, key))
+        selection = self._selection(run, resume)
+        settings = config.train if selection is None else selection.engine_settings(config.train, len(candidates))
         last = run.last_checkpoint() if resume else None
         if is_first():
             drop_refreshes_after(run.dir, 0 if last is None else checkpoint_step(last))
@@ -247,15 +287,17 @@ class LSRTrainer(SystemTrainer):
             with training_only(trained, [model, *others]):
                 trainer = RunTrainer(
                     model,
-                    training_arguments(config.train, run, device=trained[0].device.type),
+                    training_arguments(settings, run, device=trained[0].device.type),
                     run,
                     loss_fn=lambda model, batch: model(**candidates.batch(batch["ids"]))["loss"],
-                    evaluate_fn=self._retrieval_metrics if self.eval_data is not None else None,
+                    evaluate_fn=self._evaluation(selection),
                     train_dataset=candidates.ids,
                     data_collator=collate_ids,
-                    callbacks=[*self._refreshing(candidates, run, key), *self.callbacks],
+                    callbacks=[*filter(None, [selection]), *self._refreshing(candidates, run, key), *self.callbacks],
                 )
                 result = run_training(trainer, run, resume=resume)
+                if selection is not None:
+                    result.kept = selection.take(trainer, trained, result.steps)
         finally:
             if config.train_part == "both":
                 retriever.mark_stale()  # an interrupted training has moved the passage encoder too
@@ -273,18 +315,49 @@ class LSRTrainer(SystemTrainer):
         return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in trained}
 
     def _keep_rows_of(self, ids: set[str]) -> None:
-        if self._rows is not None:
-            self._rows = [row for row in self._rows if row.id in ids] or None
+        rows = self._all_rows()
+        self._rows = None if rows is None else [row for row in rows if row.id in ids] or None
         # What training makes of the rows: the candidates in force and the scale of the scores.
         self._candidates = None
         self._scale = None
+        self._hold_out()
 
-    def _retrieval_metrics(self) -> dict[str, float]:
-        """What is logged every `train.eval_steps`."""
-        if self.config.train_part == "both":
-            self.system.retriever.mark_stale()
-            self.system.retriever.refresh()
-        return {name: value.mean for name, value in self.evaluate(bootstrap=100).metrics.items()}
+    def _selection(self, run: Run, resume: bool) -> Selection | None:
+        """What chooses the weights; None where nothing is held out."""
+        config, held = self.config, self._held_out
+        if not held:
+            if config.keep == "best" and config.valid_share is None:
+                print(f"{len(self.data)} questions: too few to hold some out, the last step's weights are kept")
+            return None
+        rows = None
+        if not judged_by_passages(held):
+            path, key = run.dir / HELD_OUT, content_key(held, config, self.teacher, self.system.generator)
+            kept = load_rows(path, key) if resume else None
+            rows = kept.rows if kept is not None else self._held_rows
+            if rows is None:
+                rows = build_rows(self.system, held, config, self.teacher)[0]
+            if not rows:
+                raise DataError(f"none of the {len(held)} held-out questions can be scored; set keep to last")
+            if kept is None and is_first():
+                save_rows(path, key, rows, [])
+        return Selection(self.system, held, config, run, self.score_scale(), rows or [])
+
+    def _evaluation(self, selection: Selection | None) -> Callable[[], dict[str, float]] | None:
+        """What is scored while training: held-out questions, and with `train.eval_steps` the evaluation data."""
+        with_data = self.eval_data is not None and self.config.train.eval_steps is not None
+        if selection is None and not with_data:
+            return None
+
+        def metrics() -> dict[str, float]:
+            if self.config.train_part == "both":
+                self.system.retriever.mark_stale()
+                self.system.retriever.refresh()
+            found = {} if selection is None else selection.measure()
+            if with_data:
+                found |= {name: value.mean for name, value in self.evaluate(bootstrap=100).metrics.items()}
+            return found
+
+        return metrics
 
     def evaluate(self, examples: Any = None, **options: Any) -> EvaluationResult:
         """Scores retrieval (recall, MRR, ...); `generate=True` scores the answers as well."""

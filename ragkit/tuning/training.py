@@ -13,7 +13,7 @@ from torch import nn
 
 from ragkit.evaluation import EvaluationResult, evaluate
 from ragkit.runs import Run
-from ragkit.tuning.qa_data import DataError, QAData, load_qa
+from ragkit.tuning.qa_data import DataError, QAData, QAExample, load_qa
 
 if TYPE_CHECKING:
     from ragkit.engine import TrainResult
@@ -41,7 +41,7 @@ class SystemTrainer(ABC):
         self.config = config
         self.data = self._load(train_data)
         self.eval_data = None if eval_data is None else self._load(eval_data)
-        if config.train.eval_steps is not None and self.eval_data is None:
+        if config.train.eval_steps is not None and self.eval_data is None and not self.held_out:
             raise DataError("train.eval_steps is set, but there is no eval_data to score")
         self.run = run
         self._made_run = run is None
@@ -53,6 +53,15 @@ class SystemTrainer(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.data!r}, run={str(self.run.dir) if self.run else None!r})"
+
+    @property
+    def held_out(self) -> list[QAExample]:
+        """Training questions that are not trained on, but choose the weights."""
+        return []
+
+    def for_rounds(self) -> SystemTrainer:
+        """This trainer as a federated round needs it: all questions are trained on, and the last weights stay."""
+        return self
 
     @abstractmethod
     def train(self, resume: bool = False) -> TrainResult:
