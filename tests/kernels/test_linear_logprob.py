@@ -236,7 +236,8 @@ def test_opcheck():
             )
 
 
-def test_compiles_into_one_graph():
+@pytest.mark.parametrize("dynamic", [None, True])  # True: numbers are symbols too, the options among them
+def test_compiles_into_one_graph(dynamic):
     hidden, weight, targets, bias = inputs(12, 4, 30)
     positions = torch.arange(12).flip(0)
     leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
@@ -245,7 +246,7 @@ def test_compiles_into_one_graph():
         options = {"bias": bias, "reduction": "mean", **FULL}
         return sequence_logprob(hidden.tanh(), weight, targets, [5, 0, 7], positions, **options).sum()
 
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     torch.testing.assert_close(compiled(*leaves), model(*leaves))
     both = [torch.autograd.grad(function(*leaves), leaves) for function in (compiled, model)]
     for ours, theirs in zip(*both, strict=True):

@@ -76,7 +76,7 @@ def check(hidden: Tensor, weight: Tensor, targets: Tensor, positions: Tensor | N
 
 def check_options(logit_scale: float, softcap: float | None, temperature: float, chunk_rows: int | None) -> None:
     """Raises ValueError for a number that makes no sense, naming it."""
-    if not math.isfinite(logit_scale):
+    if not -math.inf < logit_scale < math.inf:  # not math.isfinite: in a compiled call it may be a symbol
         raise ValueError(f"logit_scale must be a finite number, found {logit_scale}")
     for name, value in {"softcap": softcap, "temperature": temperature}.items():
         if value is not None and not 0 < value < math.inf:
