@@ -11,16 +11,17 @@ def no_second_derivative(ctx, *grads):
     raise RuntimeError("the fused kernels have no second derivative; use backend='reference' for it")
 
 
+def _narrows(a: object) -> bool:
+    return isinstance(a, Tensor) and a.is_floating_point() and a.dtype != torch.float64
+
+
 def register_autocast(name: str, floats: tuple[int, ...]) -> None:
-    """Under autocast, the arguments at these places (tensors or None) are cast to autocast's dtype."""
+    """Under autocast, the arguments at these places (tensors or None) are cast to its dtype, but for float64 ones."""
 
     def rule(device_type: str):
         def cast(*args):
             dtype = torch.get_autocast_dtype(device_type)
-            cast_args = [
-                a.to(dtype) if i in floats and isinstance(a, Tensor) and a.is_floating_point() else a
-                for i, a in enumerate(args)
-            ]
+            cast_args = [a.to(dtype) if i in floats and _narrows(a) else a for i, a in enumerate(args)]
             with torch.autocast(device_type, enabled=False):
                 return getattr(torch.ops.ragkit, name)(*cast_args)
 

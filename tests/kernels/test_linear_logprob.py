@@ -268,6 +268,13 @@ def test_autocast_narrows_the_operands_and_not_the_logits():
         assert ours.dtype == torch.float32 and (ours - theirs).norm() < 0.02 * theirs.norm()
 
 
+def test_autocast_leaves_float64_alone():
+    hidden, weight, targets, _ = inputs(4, 8, 50, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = token_logprobs(hidden, weight, targets)
+    torch.testing.assert_close(found, naive(hidden, weight, targets))
+
+
 def test_second_derivatives_say_so():
     hidden, weight, targets, _ = inputs(4, 3, 5)
     hidden.requires_grad_()
