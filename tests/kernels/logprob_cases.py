@@ -163,6 +163,7 @@ def chunked_results(case: Case, device: str) -> Iterator[Result]:
 
     i, dtype = inputs_of(case), DTYPES[case.dtype]
     i.targets = torch.where(known(case, i), i.targets, 0)
+    i.hidden[i.targets == IGNORED] = math.nan  # takes no part
     o = on(i, device)
     narrow = chunked.Dtypes.of(o.hidden).logits if case.T else torch.float32
     logprobs, lse = chunked.forward(o.hidden, o.weight, o.targets, o.bias, case.call(), backend)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from logprob_oracle import FULL, PLAIN, inputs, naive
-from ragkit_kernels.linear_logprob import chunked, op, token_logprobs
+from ragkit_kernels.linear_logprob import chunked, op, token_logprobs, torch_rows
 from ragkit_kernels.linear_logprob.chunked import block_shape
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -108,6 +110,13 @@ def test_blocks_keep_their_budget(rows, vocabulary, dim, budget, narrow, device)
     assert R * C <= (budget or (2**20 if device == "cpu" else 2**28 // 6))
 
 
+def test_narrow_weights_are_widened_by_blocks_on_an_early_gpu_too():
+    """A T4 has no bfloat16: the piece of a head that is converted at once is bounded like the logits."""
+    for rows in (1, 64, 5000):
+        _, C = block_shape(rows, 128_256, 4096, 0, torch.device("cuda"), True)
+        assert C * 4096 * 4 <= chunked.GPU_BYTES
+
+
 def test_training_keeps_no_logits_for_the_backward_pass():
     hidden, weight, targets, _ = inputs(64, 4, 100)
     hidden.requires_grad_()
@@ -115,6 +124,27 @@ def test_training_keeps_no_logits_for_the_backward_pass():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         token_logprobs(hidden, weight, targets, chunk_rows=8)
     assert kept and max(kept) <= weight.numel() < 8 * 100
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_ignored_rows_take_no_part_where_they_are_not_dropped(value):
+    """As on a GPU, which is not waited for: whatever their hidden states are, they reach no gradient."""
+    hidden, weight, targets, bias = inputs(6, 4, 9, dtype=torch.float64)
+    targets[1] = targets[4] = -100
+    leaves = [t.requires_grad_() for t in (hidden.clone(), weight, bias)]
+    wanted = naive(leaves[0], weight, targets, bias)
+    gradients = torch.autograd.grad(wanted.sum(), leaves)
+    hidden[1] = hidden[4] = value
+    options = chunked.Options(None, 1.0, -100, 2 * 9)
+    tail = (hidden, weight.detach(), targets, bias.detach(), options)
+    found, lse = chunked.forward(*tail, torch_rows)
+    ours = chunked.backward(torch.ones(6, dtype=torch.float64), lse, *tail, [True] * 3, torch_rows)
+    leaves = [hidden.requires_grad_(), weight, bias]
+    reference = token_logprobs(hidden, weight, targets, bias=bias, backend="reference")
+    for values, grads in ((found, ours), (reference, torch.autograd.grad(reference.sum(), leaves))):
+        torch.testing.assert_close(values, wanted)
+        for mine, theirs in zip(grads, gradients, strict=True):
+            torch.testing.assert_close(mine, theirs)
 
 
 def test_every_number_that_is_returned_was_written():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import logprob_cases
 import pytest
 import torch
@@ -101,7 +103,7 @@ def test_a_sequence_is_twenty_times_closer_than_narrow_logits(dtype, backend):
 @pytest.mark.parametrize(("dtype", "backend"), kinds())
 def test_wrong_targets_are_nan_and_nothing_waits_for_the_gpu(dtype, backend):
     hidden, weight, bias, targets = (t.cuda() for t in inputs(33, 300, 64, dtype))
-    targets[5], targets[7] = 300, -1
+    targets[5], targets[7], hidden[10] = 300, -1, math.nan  # targets[10] is ignored
     leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
     positions, lengths = torch.arange(33, device="cuda"), torch.tensor([13, 20], device="cuda")
     torch.cuda.synchronize()

@@ -52,15 +52,15 @@ def block_shape(
         rows, vocabulary, dim: T, V, D.
         budget: Most logits; 0: the default.
         device: Where the block is.
-        narrow: Operands are converted to float32 first, block by block, on a CPU.
+        narrow: Operands are converted to float32 first, block by block: on a CPU, or of bfloat16 on a T4.
     """
     cpu, given = device.type == "cpu", budget > 0
     budget = budget or (CPU_LOGITS if cpu else GPU_BYTES // 6)  # float32 logits and their 16-bit gradient
     most = max(1, budget // min(vocabulary, FEWEST_COLUMNS))
     R = max(1, min(rows, most, budget if given else MOST_ROWS["cpu" if cpu else "other"]))
     C = max(1, min(vocabulary, budget // R))
-    if cpu and narrow:  # the converted piece of the weight is as large as a block
-        C = min(C, max(FEWEST_COLUMNS, CPU_LOGITS // max(1, dim)))
+    if narrow:  # the converted piece of the weight is as large as a block
+        C = min(C, max(FEWEST_COLUMNS, (CPU_LOGITS if cpu else GPU_BYTES // 4) // max(1, dim)))
     return R, C if C == vocabulary or C < 64 else C // 64 * 64
 
 
@@ -160,6 +160,8 @@ def backward(
     same = dtypes.operands == dtypes.logits
     narrow = memory if same else hidden.new_empty(R * C, dtype=dtypes.operands)
     x = hidden.to(dtypes.operands)
+    if needs[1]:  # a NaN in an ignored row, times its gradient of 0, would be NaN in all of the weight's gradient
+        x = x.masked_fill((targets == options.ignore_index).unsqueeze(1), 0)
     dhidden = hidden.new_zeros((T, D) if needs[0] else 0, dtype=wide)
     dweight = weight.new_empty((V, D) if needs[1] else 0)
     dbias = weight.new_zeros(V if needs[2] else 0, dtype=wide)

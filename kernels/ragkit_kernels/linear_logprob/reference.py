@@ -25,6 +25,7 @@ def token_logprobs_reference(
     as well. A target that is neither in the vocabulary nor `ignore_index` gives NaN.
     """
     wide = accumulate(hidden)
+    hidden = hidden.masked_fill((targets == ignore_index).unsqueeze(1), 0)  # 0 · NaN, in a gradient, would be NaN
     logits = torch.nn.functional.linear(hidden.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
     inner, outer = scaling(logit_scale, softcap, temperature)
     logits = logits * outer if inner is None else outer * torch.tanh(logits * inner)  # [T, V]
