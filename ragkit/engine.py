@@ -103,6 +103,11 @@ class RunTrainer(Trainer):
             raise ValueError(f"train.eval_steps: found {args.eval_steps:g}, but there is no evaluation data")
         if not _is_transformers_model(model):
             model = TrainedPart(model)
+        if args.n_gpu > 1:
+            # `DataParallel` would cut batches apart that hold more than tensors, and copy a model whose `forward` was
+            # replaced without its copy's weights.
+            logger.warning("one of %d GPUs is used; torchrun --nproc_per_node=%d uses all", args.n_gpu, args.n_gpu)
+            args._n_gpu = 1
         self.loss_fn = loss_fn
         self.evaluate_fn = evaluate_fn
         keep, args.save_total_limit = args.save_total_limit, None

@@ -89,6 +89,27 @@ def test_a_run_leaves_events_checkpoints_and_metrics(tmp_path):
     assert "mean loss" in repr(result) and str(run.dir) in repr(result) and "<table>" in result._repr_html_()
 
 
+def test_one_process_uses_one_gpu_of_several(tmp_path, monkeypatch, caplog):
+    """Else the Trainer would cut batches apart that are not made of tensors alone."""
+
+    class Refused(nn.DataParallel):
+        def __init__(self, *args, **options):
+            raise AssertionError("the model was wrapped")
+
+    monkeypatch.setattr(nn, "DataParallel", Refused)  # here there may be no GPU at all
+
+    def two(*args, **options):
+        made = training_arguments(*args, **options)
+        made._n_gpu = 2
+        return made
+
+    monkeypatch.setattr(job, "training_arguments", two)
+    _, trainer = make(tmp_path)
+    run_training(trainer)
+    assert trainer.args.n_gpu == 1 and trainer.args.train_batch_size == trainer.args.per_device_train_batch_size
+    assert "one of 2 GPUs is used; torchrun --nproc_per_node=2" in caplog.text
+
+
 def test_only_the_trained_part_moves_and_only_it_is_saved(tmp_path):
     from safetensors.torch import load_file
 
