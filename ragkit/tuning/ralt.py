@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
 from torch import nn
@@ -17,9 +18,32 @@ from ragkit.rag.scoring import check_pairs
 from ragkit.runs import Run
 from ragkit.tuning.fused_loss import packing_works, training_loss
 from ragkit.tuning.lora import adapter_parameters, add_adapter, is_peft_model
-from ragkit.tuning.qa_data import QAData, QAExample
+from ragkit.tuning.qa_data import DataError, QAData, QAExample
 from ragkit.tuning.ralt_rows import Collator, RALTRow, add_supporting, check_rows, exchange_passages
+from ragkit.tuning.scoring import has_no_token
 from ragkit.tuning.training import SystemTrainer, training_only
+
+
+@contextmanager
+def _without_cache(config: Any) -> Iterator[None]:
+    """Within the block the model keeps no keys and values; the configuration is given back as it was.
+
+    The Trainer turns them off as well, but only in the outermost part of a configuration, where some (Gemma 3) have no
+    such setting; and packed rows are told apart only by a model that keeps none.
+    """
+    parts = list({id(part): part for part in (config, config.get_text_config())}.values())
+    before = [vars(part).get("use_cache", None) for part in parts]
+    had = ["use_cache" in vars(part) for part in parts]
+    try:
+        for part in parts:
+            part.use_cache = False
+        yield
+    finally:
+        for part, value, there in zip(parts, before, had, strict=True):
+            if there:
+                part.use_cache = value
+            else:
+                vars(part).pop("use_cache", None)
 
 
 class RALTTrainer(SystemTrainer):
@@ -78,14 +102,31 @@ class RALTTrainer(SystemTrainer):
     def rows(self) -> list[RALTRow]:
         """The training instances, to look at before training: `print(trainer.rows()[0])`."""
         if self._rows is None:
-            self._rows, self.left_out = self._make_rows(self.data)
-            self.report_left_out(len(self._rows))
+            rows, self.left_out = self._make_rows(self.data)
+            self.report_left_out(len(rows))
+            self._rows = rows
         return self._rows
+
+    def _eval_rows(self) -> list[RALTRow] | None:
+        """The instances whose loss is logged; says which of the questions make none."""
+        if self.eval_data is None:
+            return None
+        rows, left_out = self._make_rows(self.eval_data)
+        if left_out:
+            message = (
+                f"{len(left_out)} of {len(self.eval_data)} evaluation questions have no loss (first: "
+                f"{left_out[0][0]}: {left_out[0][1]})"
+            )
+            if not rows:
+                raise DataError(message)
+            print(message)
+        return rows
 
     def _make_rows(self, data: QAData) -> tuple[list[RALTRow], list[tuple[str, str]]]:
         config, generator = self.config, self.system.generator
-        left_out = [(example.id, "no answer") for example in data if not example.answer]
-        examples = [example for example in data if example.answer]
+        problems = [(example, self._problem(example)) for example in data]
+        left_out = [(example.id, problem) for example, problem in problems if problem]
+        examples = [example for example, problem in problems if not problem]
         found = self.system.batch_retrieve([example.question for example in examples], top_k=config.top_k)
         if self.passages == "random":
             found = exchange_passages(examples, found, config.train.seed)
@@ -93,6 +134,9 @@ class RALTTrainer(SystemTrainer):
             found = add_supporting(self.system.retriever.store, examples, found, config.train.seed)
         rows = []
         for example, passages in zip(examples, found, strict=True):
+            if not passages:
+                left_out.append((example.id, "no passage retrieved"))
+                continue
             response = generator.encode_response(example.answer, eos=True, template=self.system.template)
             contexts = (
                 [[passage] for passage in passages] if config.context == "each" else [self._mixed(example, passages)]
@@ -105,6 +149,14 @@ class RALTTrainer(SystemTrainer):
             except PromptError as error:  # the response leaves no room even for a prompt with empty passages
                 left_out.append((example.id, f"answer of {len(response)} tokens: {error}"))
         return rows, left_out
+
+    def _problem(self, example: QAExample) -> str:
+        """Why there is nothing to learn from an answer; "" if there is."""
+        if not example.answer:
+            return "no answer"
+        # With the end of sequence alone, the model would learn to say nothing.
+        empty = has_no_token(self.system.generator, example)
+        return f"the answer {example.answer!r} has no token" if empty else ""
 
     def _mixed(self, example: QAExample, passages: Sequence[Any]) -> list[Any]:
         """The passages of a joined instance as retrieved, or with `shuffle_passages` in a seeded random order."""
@@ -151,18 +203,18 @@ class RALTTrainer(SystemTrainer):
         """
         config, generator = self.config, self.system.generator
         rows = self.rows()
-        eval_rows = self._make_rows(self.eval_data)[0] if self.eval_data is not None else None
+        eval_rows = self._eval_rows()
         self._check_model([*rows, *(eval_rows or [])])
         model = self._prepared_model()
         run = self.open_run(resume)
-        check_rows(run, rows, resume)
+        check_rows(run, rows, resume, [config.passage_weights, config.weights_gamma])
         collator = Collator(generator.pad_id, self._packed_length(rows) if config.packing else None)
         weighted = config.passage_weights != "none"
         retrievers = self._retriever_modules()
         trained = self._trained_parameters(model)
-        use_cache = generator.core.config.use_cache
         try:
             with (
+                _without_cache(generator.core.config),
                 training_only(trained, [model, *retrievers]),
                 training_loss(model, config.fused_loss, weighted),
             ):
@@ -184,7 +236,6 @@ class RALTTrainer(SystemTrainer):
             if config.train.gradient_checkpointing:  # transformers >= 5.2x calls it activation checkpointing
                 new, old = "activation_checkpointing_disable", "gradient_checkpointing_disable"
                 getattr(generator.core, new if hasattr(generator.core, new) else old)()
-            generator.core.config.use_cache = use_cache  # the Trainer turns it off
             model.eval()
         return result
 

@@ -117,10 +117,16 @@ def packed(rows: Sequence[RALTRow], limit: int) -> list[list[RALTRow]]:
     return bins
 
 
-def check_rows(run: Run, rows: Sequence[RALTRow], resume: bool) -> None:
+def check_rows(run: Run, rows: Sequence[RALTRow], resume: bool, weighting: Sequence[Any] = ()) -> None:
     """Keeps a digest of the training instances in the run's folder; a resumed run must have the same ones.
 
     Retrieval and tokenisation are done again for a resumed run, and its data order means nothing for other instances.
+
+    Args:
+        run: The run.
+        rows: The training instances.
+        resume: Whether the run goes on.
+        weighting: The settings that their weights come from. The weights themselves may differ in their last digits.
 
     Raises:
         DataError: They differ, or the digest cannot be read.
@@ -130,26 +136,29 @@ def check_rows(run: Run, rows: Sequence[RALTRow], resume: bool) -> None:
     for part in ("ids", "prompt_ids", "response_ids"):
         values: list[Any] = [getattr(row, "id" if part == "ids" else part) for row in rows]
         now[part] = hashlib.sha256(json.dumps(values).encode()).hexdigest()
+    now["weighting"] = list(weighting)
     if not resume or not path.exists():
         if is_first() and (resume or not run.events()):  # a run that has events is not begun again
             atomic_write_json(path, now)
         return
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
-        kept = {part: before[part] for part in now}
+        kept = {"weighting": now["weighting"], **before}  # runs of earlier versions did not keep it
+        kept = {part: kept[part] for part in now}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: cannot be read ({error!r}); start a new run") from error
     reasons = {
         "ids": "the questions, or how many passages are retrieved for each",
         "prompt_ids": "the prompts: another corpus, retriever, template or order of the passages",
         "response_ids": "the answers",
+        "weighting": "passage_weights or weights_gamma",
     }
     differs = [reason for part, reason in reasons.items() if kept[part] != now[part]]
     if differs:
         raise DataError(
             f"{run.dir} cannot be resumed: it began with {kept['rows']} training instances, now there are "
-            f"{now['rows']}, and they differ in {'; '.join(differs)}. Resume with the corpus, questions and retriever "
-            "of the beginning, or start a new run"
+            f"{now['rows']}, and they differ in {'; '.join(differs)}. Resume with the corpus, questions, retriever "
+            "and settings of the beginning, or start a new run"
         )
 
 

@@ -42,7 +42,7 @@ def score_passages(
     """
     prompts, responses, owners, names = [], [], [], []
     for number, (example, found) in enumerate(pairs):
-        if has_no_token(generator, example, config):
+        if has_no_token(generator, example):
             raise DataError(
                 f"question {example.id!r}: its answer {example.answer!r} has no token; leave the question out, or "
                 "correct the answer"
@@ -68,10 +68,9 @@ def score_passages(
     return scores
 
 
-def has_no_token(generator: Any, example: QAExample, config: LSRConfig) -> bool:
-    """Whether there is nothing to score in a response: only the EOS token and what stands before every response."""
-    ids = generator.encode_response(example.answer, eos=False, template=config.prompt)
-    return not ids or not example.answer.strip()
+def has_no_token(generator: Any, example: QAExample) -> bool:
+    """Whether there is nothing in a response but the EOS token and what stands before every response."""
+    return not generator.tokenizer(example.answer.strip(), add_special_tokens=False)["input_ids"]
 
 
 def cache_folder(config: LSRConfig) -> Path | None:

@@ -110,7 +110,7 @@ def _usable(
 
 def _problem(generator: Any, example: QAExample, config: LSRConfig) -> str | None:
     """Why the language model cannot score passages for a question."""
-    if has_no_token(generator, example, config):
+    if has_no_token(generator, example):
         # With the EOS token alone, the LM would be asked how likely it says nothing.
         return f"the answer {example.answer!r} has no token"
     response = generator.encode_response(example.answer, eos=config.include_eos, template=config.prompt)

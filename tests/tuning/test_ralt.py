@@ -220,6 +220,9 @@ def test_a_run_is_resumed_with_its_own_instances_only(make_system, questions, co
     with pytest.raises(RunError, match="has events"):  # begun again in the same folder: its digest stays
         RALTTrainer(make_system(), questions[:5], first.config, run=first.run).train()
     assert (first.run.dir / "ralt_rows.json").read_text() == kept
+    weighted = first.config.model_copy(update={"passage_weights": "retrieval"})
+    with pytest.raises(DataError, match="differ in passage_weights or weights_gamma"):
+        RALTTrainer(make_system(), questions, weighted, run=Run.open(first.run.dir)).train(resume=True)
     assert resume(make_system()).steps == 2
     (first.run.dir / "ralt_rows.json").write_text("{")
     with pytest.raises(DataError, match="ralt_rows.json: cannot be read"):
@@ -264,6 +267,54 @@ def test_a_response_that_does_not_fit_is_reported(system, questions, config, cap
     assert "2 of 12 questions cannot be trained on" in capsys.readouterr().out
     with pytest.raises(DataError, match="1 of 1 questions cannot be trained on .*answer of"):
         RALTTrainer(system, data[10:11], config()).rows()
+
+
+def test_what_makes_no_instance_is_named(system, questions, config, capsys, monkeypatch):
+    """An answer without tokens, a question without passages, evaluation questions without answers."""
+    from tokenizers import normalizers
+
+    system.generator.tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
+    try:
+        data = [*questions, {"id": "blank", "question": "Why?", "answer": "\u200b"}]
+        own = system.batch_retrieve
+
+        def found(asked, top_k):
+            return [[] if "Peru" in question else p for question, p in zip(asked, own(asked, top_k), strict=True)]
+
+        monkeypatch.setattr(system, "batch_retrieve", found)
+        trainer = RALTTrainer(system, data, config(train={"max_steps": 1}), eval_data=data)
+        assert len(trainer.rows()) == 2 * 9
+        wanted = [("blank", "the answer '\\u200b' has no token"), ("q-Peru", "no passage retrieved")]
+        assert trainer.left_out == wanted
+        trainer.train()
+        assert "2 of 11 evaluation questions have no loss (first: blank: the answer" in capsys.readouterr().out
+        mute = [{"id": "mute", "question": "Who?", "answer": ""}]
+        with pytest.raises(DataError, match="1 of 1 evaluation questions have no loss .*mute: no answer"):
+            RALTTrainer(system, questions, config(), eval_data=mute).train()
+        with pytest.raises(DataError, match="1 of 1 questions cannot be trained on .*no passage retrieved"):
+            RALTTrainer(system, questions[:1], config()).rows()
+    finally:
+        system.generator.tokenizer.backend_tokenizer.normalizer = None
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_model_whose_settings_are_in_parts_is_trained_without_keys_and_values(tokenizer, make_system, config, fused):
+    from transformers import AutoModelForCausalLM, Gemma3Config
+
+    text = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 256}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    whole = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    system = make_system(AutoModelForCausalLM.from_config(whole).eval())
+    parts = system.generator.core.config, system.generator.core.config.text_config
+    before = [vars(part).get("use_cache") for part in parts]
+    seen = []
+    system.generator.core.register_forward_pre_hook(lambda model, args: seen.append(parts[1].use_cache))
+    data = [{"question": "What is the capital of Peru?", "answer": "Lima"}]
+    RALTTrainer(system, data, config(train={"max_steps": 1}, fused_loss=fused)).train()
+    assert seen and not any(seen[-1:])
+    assert [vars(part).get("use_cache") for part in parts] == before and "use_cache" not in vars(parts[0])
 
 
 def test_random_passages_are_other_questions_passages(system, questions, config):
