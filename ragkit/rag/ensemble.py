@@ -47,11 +47,17 @@ def passage_weights(passages: Sequence[Any], gamma: float) -> list[float]:
     Args:
         passages: Strings or passages, with `.score` where they were retrieved.
         gamma: Temperature, in units of the score.
+
+    Raises:
+        ValueError: Scores that have no softmax (NaN, infinity).
     """
     scores = [getattr(passage, "score", None) for passage in passages]
     if any(score is None for score in scores):
         return [1 / len(scores)] * len(scores)
-    return torch.tensor(scores, dtype=torch.float64).div(gamma).softmax(0).tolist()
+    weights = torch.tensor(scores, dtype=torch.float64).div(gamma).softmax(0)
+    if weights.isnan().any():
+        raise ValueError(f"the passages have the scores {scores}, finite ones are needed: are the embeddings broken?")
+    return weights.tolist()
 
 
 def ensemble_batches(
@@ -60,11 +66,15 @@ def ensemble_batches(
     """Which questions go through the model together, longest first: at most `batch_size` prompts, or one question.
 
     Raises:
-        ValueError: A question without a prompt, or with another number of weights.
+        ValueError: A question without a prompt, or with another number of weights, or weights that are no shares.
     """
     for number, (own, shares) in enumerate(zip(prompts, weights, strict=True)):
         if not own or len(own) != len(shares):
             raise ValueError(f"question number {number} has {len(own)} prompts and {len(shares)} weights")
+        if not (min(shares) >= 0 and abs(sum(shares) - 1) <= 1e-3):  # NaN is neither
+            raise ValueError(
+                f"question number {number} has the weights {list(shares)}: none may be below 0, and they add up to 1"
+            )
     batches: list[list[int]] = []
     room = 0
     for i in sorted(range(len(prompts)), key=lambda i: -max(map(len, prompts[i]))):

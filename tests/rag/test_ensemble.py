@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -157,3 +158,18 @@ def test_an_evaluation_reads_the_ensemble(generator, minilm):
     assert evaluate(system, load_qa(rows)).metrics["em"].mean == 1.0
     system.config.answer_from = "joined"
     assert evaluate(system, load_qa(rows)).metrics["em"].mean < 1.0
+
+
+@pytest.mark.parametrize("weights", [[0.0, 0.0], [2.0, -1.0], [float("nan"), 1.0], [1.0, float("nan")], [1.0, 1.0]])
+def test_weights_that_are_no_shares_are_refused(weights):
+    """They would make a distribution of NaN, and an empty answer of it."""
+    with pytest.raises(ValueError, match="question number 1 has the weights"):
+        ensemble_batches([[[5]], [[5], [6]]], [[1.0], weights], 8)
+    ensemble_batches([[[5]], [[5], [6]]], [[1.0], [1.0, 0.0]], 8)
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf"), float("-inf")])
+def test_scores_without_a_softmax_are_refused(score):
+    passages = [SimpleNamespace(score=score), SimpleNamespace(score=score)]
+    with pytest.raises(ValueError, match="finite ones are needed"):
+        passage_weights(passages, 0.05)
