@@ -127,6 +127,24 @@ def test_stopped_and_resumed_equals_unbroken_with_refreshed_candidates(world, ro
         assert torch.equal(tensor, expected[name]), name
 
 
+def test_a_teacher_that_harms_leaves_the_gfm_as_it_was(world, tmp_path, capsys):
+    def wrong(example, passages):
+        return [-5.0 if passage.id in example.supporting else 0.0 for passage in passages]
+
+    ends = {}
+    for keep in ("best", "last"):
+        config = settings(tmp_path, keep, keep=keep, valid_share=0.25)
+        config.train.max_steps = 8
+        trainer = trainer_of(world, config, teacher=wrong)
+        before = {name: tensor.clone() for name, tensor in trainer.system.retriever.model.state_dict().items()}
+        result = trainer.train()
+        after = trainer.system.retriever.model.state_dict()
+        ends[keep] = result.kept, sum(not torch.equal(after[name], before[name]) for name in before)
+    assert ends["best"][0].step == 0 and ends["best"][0].questions >= 12 and ends["best"][1] == 0
+    assert ends["last"][0] is None and ends["last"][1] > 5
+    assert "kept the encoder of step 0: training did not help" in capsys.readouterr().out
+
+
 def test_what_of_it_is_trained(world, tmp_path):
     retriever = world[0]
     trained = {freeze: trained_parameters(LSRModel(retriever, LSRConfig()), freeze) for freeze in (True, False)}
