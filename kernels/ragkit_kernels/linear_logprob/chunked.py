@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ragkit_kernels.linear_logprob.reference import accumulate
+from ragkit_kernels.precision import accumulate, keeps_sums
 
 CPU_LOGITS = 2**20
 """Logits of a block on a CPU: 4 MiB in float32, which stays in its caches while the rows are worked on."""
@@ -77,7 +77,7 @@ class Dtypes:
         if x.is_cuda and x.element_size() == 2:
             if torch.cuda.get_device_capability(x.device)[0] >= 8:
                 # Products of 16-bit numbers, summed and kept in float32.
-                return cls(x.dtype, wide if "dtype_out" in torch.ops.aten.mm.overloads() else x.dtype)
+                return cls(x.dtype, wide if keeps_sums(x.device) else x.dtype)
             if x.dtype == torch.float16:  # T4: its tensor cores give 16 bits back
                 return cls(x.dtype, x.dtype)
         return cls(wide, wide)

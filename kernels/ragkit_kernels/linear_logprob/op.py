@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ragkit_kernels.linear_logprob import chunked, torch_rows
 from ragkit_kernels.linear_logprob.reference import (
-    accumulate,
     check,
     check_options,
     check_positions,
@@ -23,6 +22,7 @@ from ragkit_kernels.linear_logprob.reference import (
     scaling,
     token_logprobs_reference,
 )
+from ragkit_kernels.precision import accumulate
 from ragkit_kernels.registration import no_second_derivative, register_autocast
 
 BACKENDS = ("auto", "kernel", "chunked", "reference")

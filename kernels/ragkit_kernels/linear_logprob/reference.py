@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from ragkit_kernels.precision import accumulate
+
 
 def token_logprobs_reference(
     hidden: Tensor,
@@ -33,11 +35,6 @@ def token_logprobs_reference(
     picked = logits.log_softmax(-1).gather(1, torch.where(valid, targets, 0).unsqueeze(1)).squeeze(1)  # [T]
     picked = torch.where(valid, picked, math.nan)
     return torch.where(targets == ignore_index, 0.0, picked)
-
-
-def accumulate(x: Tensor) -> torch.dtype:
-    """The dtype of logits and log-sum-exp."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def scaling(logit_scale: float, softcap: float | None, temperature: float) -> tuple[float | None, float]:

@@ -24,6 +24,7 @@ from ragkit_kernels.lsr_loss.reference import (
     lsr_loss_reference,
     reduce,
 )
+from ragkit_kernels.precision import accumulate
 from ragkit_kernels.registration import no_second_derivative, register_autocast
 
 BACKENDS = ("auto", "kernel", "reference")
@@ -173,7 +174,7 @@ def _(scores, lm_scores, mask, gamma, beta, direction):
 
 
 def _outputs(x: Tensor, lm_scores: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = torch_backend.accumulate(x)
+    dtype = accumulate(x)
     return x.new_empty(lm_scores.shape[0], dtype=dtype), x.new_empty(lm_scores.shape, dtype=dtype)
 
 

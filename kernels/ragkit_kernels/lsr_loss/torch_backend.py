@@ -9,13 +9,9 @@ import torch
 from torch import Tensor
 
 from ragkit_kernels.lsr_loss.reference import DIRECTIONS
+from ragkit_kernels.precision import accumulate, keeps_sums
 
 BLOCK = 1 << 16  # scores that are handled together on a CPU: what the formula makes of them stays in the cache
-
-
-def accumulate(x: Tensor) -> torch.dtype:
-    """The dtype of the numbers: float32, or float64 where the scores are."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def loss_forward(
@@ -150,11 +146,6 @@ def shared_backward(
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a @ b with a result of this dtype; 16-bit inputs are widened unless the GPU's library keeps float32 sums."""
-    if a.is_cuda and a.dtype == b.dtype and a.dtype in (torch.float16, torch.bfloat16) and _keeps_sums(a.device):
+    if a.is_cuda and a.dtype == b.dtype and a.dtype in (torch.float16, torch.bfloat16) and keeps_sums(a.device):
         return torch.mm(a, b, out_dtype=dtype)
     return a.to(dtype) @ b.to(dtype)
-
-
-def _keeps_sums(device: torch.device) -> bool:
-    """Whether `torch.mm(out_dtype=float32)` exists: in newer versions of PyTorch, on sm_80 and later."""
-    return hasattr(torch.ops.aten.mm, "dtype") and torch.cuda.get_device_capability(device) >= (8, 0)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ragkit_kernels.precision import accumulate
 from ragkit_kernels.registration import no_second_derivative, register_autocast
 from ragkit_kernels.relational_conv import backends
 from ragkit_kernels.relational_conv.layout import GraphLayout, kept_degree
@@ -193,11 +194,6 @@ def conv_into(
         x, relation, boundary, mask, query, None if weight is None else weight.to(accumulate(x)), keep, graph,
         message, aggregate, out,
     )  # fmt: skip
-
-
-def accumulate(x: Tensor) -> torch.dtype:
-    """The dtype in which sums over `x` are kept."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def widen(tensor: Tensor | None) -> Tensor | None:
