@@ -30,7 +30,8 @@ def pytest_collection_modifyitems(items):
         item.add_marker(
             pytest.mark.xdist_group(item.nodeid if alone else str(item.path.relative_to(item.config.rootpath)))
         )
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 LONGEST = ("test_notebooks.py", "test_proof.py", "test_quickstart.py", "test_commands.py", "test_gfm_commands.py")
