@@ -78,14 +78,17 @@ class SystemTrainer(ABC):
     def for_data(self, train_data: Any, eval_data: Any = None) -> SystemTrainer:
         """A trainer with this one's system, settings and options for other questions, with a run of its own.
 
-        Rows that this trainer has made (or was given) are kept for the questions that both have.
+        Rows that this trainer has made (or was given) are kept where all the other's questions are among this one's;
+        the same id alone does not make the same question: without ids of their own, rows are numbered.
         """
         other = copy.copy(self)
         other.data = self._load(train_data)
         other.eval_data = None if eval_data is None else self._load(eval_data)
         other.run, other._made_run = None, True
         other.left_out, other.callbacks = [], []
-        other._keep_rows_of({example.id for example in other.data})
+        own = {example.id: example for example in self.data}
+        known = all(own.get(example.id) == example for example in other.data)
+        other._keep_rows_of({example.id for example in other.data} if known else set())
         return other
 
     @abstractmethod

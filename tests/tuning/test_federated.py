@@ -345,3 +345,62 @@ def test_rounds_beyond_the_plan_are_refused(ralt, tmp_path):
     assert metrics["steps"] == 1 and metrics["num-examples"] == 6 and math.isfinite(metrics["train_loss"])
     with pytest.raises(FederatedError, match="round 1 would end at step 2, but 1 rounds of 1 steps were planned"):
         train_round(trainer, weights, orders, tmp_path / "c", "0")
+
+
+# ---- one client is another's neighbour ----
+
+
+def without_ids(rows):
+    return [{key: value for key, value in row.items() if key != "id"} for row in rows]
+
+
+def test_rows_without_ids_are_not_taken_for_those_of_the_same_number(ralt, lsr, questions):
+    """Rows without ids are numbered: the first of one data set is not the first of another."""
+    train, other = without_ids(questions[:4]), without_ids(questions[6:9])
+    for make in (ralt, lsr):
+        trainer = make(train, eval_data=other)
+        made = trainer.rows()
+        assert [row.question for row in trainer.for_data(other).rows()] == [row["question"] for row in other]
+        part = trainer.for_data(trainer.data[1:3]).rows()  # those of the same data are kept, not made again
+        assert all(any(row is known for known in made) for row in part) and len(part) == 2
+
+
+def test_clients_score_their_evaluation_rows_not_their_training_rows(ralt, questions):
+    trainer = ralt(without_ids(questions[:4]), eval_data=without_ids(questions[6:8]))
+    trainer.rows()  # looked at before training
+    result = task_of(trainer, rounds=1, local_steps=1).simulate(num_clients=1)
+    assert result.curve("loss", phase="evaluate")[1] == pytest.approx(result.curve("loss")[1], abs=1e-6)
+    rows = trainer.for_data(trainer.eval_data).rows()
+    assert [row.question for row in rows] == [row["question"] for row in questions[6:8]]
+    batch = Collator(trainer.system.generator.pad_id)(rows)
+    batch.pop("ids")
+    with torch.no_grad():
+        assert result.curve("loss")[1] == pytest.approx(float(trainer.system.generator.model(**batch).loss), abs=1e-5)
+
+
+def test_a_client_that_failed_in_the_middle_of_a_round_is_back_in_the_next(ralt, monkeypatch):
+    """Its half round is not trained on: the next one begins with the common weights and the client's own state."""
+    from ragkit.engine import RunTrainer
+
+    real, calls = RunTrainer.training_step, []
+
+    def step(self, *given, **named):
+        calls.append(self.run.dir.name)
+        if calls[-1] == "client-1" and calls.count("client-1") == 2:
+            raise RuntimeError("out of memory")
+        return real(self, *given, **named)
+
+    monkeypatch.setattr(RunTrainer, "training_step", step)
+    result = task_of(ralt(), rounds=2, local_steps=2).simulate(num_clients=2)
+    assert [(f["client"], f["round"]) for f in result.failures] == [("1", 1)]
+    back = [e for e in result.history if e.get("client") == "1" and e["phase"] == "train" and e["round"] == 2]
+    assert len(back) == 1 and back[0]["steps"] == 2 and 0 < back[0]["train_loss"] < 20
+
+
+def test_a_simulation_again_starts_from_what_the_first_gave(ralt, questions):
+    trainer = ralt(warmup_steps=0)
+    task = task_of(trainer, rounds=1, local_steps=1)
+    first = task.simulate(num_clients=2)
+    second = task.simulate(num_clients=2)
+    assert first.run_dir != second.run_dir and not second.failures
+    assert farthest(first.weights, second.weights) > 1e-4
