@@ -203,7 +203,11 @@ def write_app(folder: str | Path, task: str | None = None, publisher: str = "me"
     if folder.exists() and any(folder.iterdir()):
         raise FederatedError(f"{folder} holds files already; choose a new folder")
     config = FederatedConfig(**settings)
-    values = {"rounds": config.rounds, "num_clients": config.num_clients or 2, "min_clients": config.min_clients}
+    values = {
+        "rounds": config.rounds,
+        "num_clients": config.num_clients or max(2, config.min_clients),
+        "min_clients": config.min_clients,
+    }
     values |= config.explicit()
     for key, value in values.items():
         if not isinstance(value, (str, int, float)):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 from ragkit.federated.errors import FederatedError
@@ -38,6 +39,10 @@ def partition_rows(
         FederatedError: A client without rows, another number of parts than clients, an unknown column, or ids that
             are unknown or given to two clients.
     """
+    if num_clients is not None and (isinstance(num_clients, bool) or not isinstance(num_clients, Integral)):
+        raise FederatedError(f"num_clients: found {num_clients!r}, expected a whole number")
+    if num_clients is not None and num_clients < 1:
+        raise FederatedError(f"num_clients: found {num_clients}, expected at least 1")
     if isinstance(how, str):
         if how == "iid":
             if num_clients is None:
@@ -46,8 +51,10 @@ def partition_rows(
         else:
             owners, num_clients = by_column(data, how, num_clients)
         return check_parts(split(data, owners, num_clients))
-    parts = list(how)
-    if len(parts) == len(data) and all(isinstance(owner, int) and not isinstance(owner, bool) for owner in parts):
+    if how is None or not isinstance(how, Iterable) or isinstance(how, Mapping):
+        raise FederatedError(f'partition: found {how!r}, expected "iid", the name of a column, or a list')
+    parts = how.tolist() if hasattr(how, "tolist") else list(how)  # arrays and tensors as numbers
+    if len(parts) == len(data) and all(isinstance(part, Integral) and not isinstance(part, bool) for part in parts):
         count = num_clients or max(parts) + 1
         wrong = [owner for owner in parts if not 0 <= owner < count]
         if wrong:

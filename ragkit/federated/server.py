@@ -15,7 +15,7 @@ from torch import Tensor
 from ragkit.federated.errors import FederatedError
 from ragkit.federated.local import score_round, use_weights
 from ragkit.federated.result import FederatedResult
-from ragkit.federated.strategies import make_strategy, privacy_settings
+from ragkit.federated.strategies import make_strategy, needed_clients, privacy_settings
 from ragkit.federated.weights import from_record, size_in_bytes, to_record
 from ragkit.optional import require
 from ragkit.runs import Run
@@ -36,12 +36,15 @@ class WatchedGrid:
         grid: The grid that carries the messages.
         task: Its settings are read.
         run: Takes the history as events.
+        needed: Clients that the strategy waits for before each round.
     """
 
-    def __init__(self, grid: Any, task: FederatedTask, run: Run) -> None:
+    def __init__(self, grid: Any, task: FederatedTask, run: Run, needed: int) -> None:
         self.grid, self.config, self.run = grid, task.config, run
+        self.needed = needed
         self.history: list[dict[str, Any]] = []
-        self._names: dict[int, str] = {}  # node -> the client's name for itself, once it has answered
+        # node -> the client's name for itself, once it has answered
+        self._names: dict[int, str] = dict(getattr(grid, "names", {}))
         self._short_since: float | None = None
 
     def log(self, event: dict[str, Any]) -> None:
@@ -68,17 +71,17 @@ class WatchedGrid:
         """The clients that are connected; a strategy asks again and again while there are too few.
 
         Raises:
-            FederatedError: There have been fewer than min_clients for `start_timeout` seconds.
+            FederatedError: There have been fewer than needed for `start_timeout` seconds.
         """
         found = sorted(self.grid.get_node_ids())
-        if len(found) >= self.config.min_clients:
+        if len(found) >= self.needed:
             self._short_since = None
         elif self._short_since is None:
             self._short_since = time.monotonic()
         elif time.monotonic() - self._short_since > self.config.start_timeout:
             raise FederatedError(
-                f"{len(found)} clients are left, at least {self.config.min_clients} (min_clients) are needed; none "
-                f"came back in {self.config.start_timeout:g} s (start_timeout)"
+                f"{len(found)} clients are there, at least {self.needed} are needed (min_clients, strategy_options or "
+                f"privacy_options); no more came in {self.config.start_timeout:g} s (start_timeout)"
             )
         return found
 
@@ -106,7 +109,15 @@ class WatchedGrid:
                 failed[node] = _reason(reply.error)
             else:
                 self._names[node] = str(reply.content["about"]["client"])
-        failed |= {node: f"no answer in {timeout:g} s (round_timeout)" for node in sent if node not in nodes}
+        self._check_names([node for node in nodes if node not in failed])
+        records = require("flwr.app", extra="federated")
+        for message in messages:
+            node = message.metadata.dst_node_id
+            if node not in nodes:
+                # An error as any other: with privacy, Flower leaves out a round only where it sees one.
+                failed[node] = f"no answer in {timeout or 0:g} s (round_timeout)"
+                replies.append(records.Message(records.Error(0, failed[node]), reply_to=message))
+                nodes.append(node)
         answers = sorted(zip(nodes, replies, strict=True), key=lambda answer: self._order(answer[0]))
         for node, reply in answers:
             if not reply.has_error():
@@ -121,7 +132,18 @@ class WatchedGrid:
                 f"round {number}: {len(sent) - len(failed)} of {len(sent)} clients trained, at least "
                 f"{self.config.min_clients} (min_clients) are needed. {reasons}"
             )
-        return [reply for _, reply in answers]
+        # Flower would have all scores by the same names; the history keeps them as they are.
+        return [reply for _, reply in answers] if kind == "train" else []
+
+    def _check_names(self, nodes: list[int]) -> None:
+        seen: dict[str, int] = {}
+        for node in nodes:
+            other = seen.setdefault(self._names[node], node)
+            if other != node:
+                raise FederatedError(
+                    f"the nodes {other} and {node} both call themselves client {self._names[node]}, and would share "
+                    "its folder and count as one: start each flower-supernode with another partition-id"
+                )
 
     def _event(self, reply: Any, node: int, kind: str, number: int, down: int) -> dict[str, Any]:
         values = dict(reply.content["metrics"])
@@ -154,8 +176,8 @@ def serve(task: FederatedTask, grid: Any, run: Run, num_clients: int) -> Federat
     """
     app = require("flwr.app", extra="federated")
     began, config, trainer = time.monotonic(), task.config, task.trainer
-    watched = WatchedGrid(grid, task, run)
     strategy = make_strategy(config, num_clients)
+    watched = WatchedGrid(grid, task, run, max(config.min_clients, needed_clients(strategy)))
     common: dict[str, Tensor] = {name: p.detach().clone() for name, p in task.parameters().items()}
 
     def after_round(number: int, arrays: Any) -> Any:

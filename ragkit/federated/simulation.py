@@ -49,6 +49,11 @@ class LocalGrid:
             for number in range(num_clients)
         }
 
+    @property
+    def names(self) -> dict[int, str]:
+        """What each client calls itself, for those that fail before they have answered."""
+        return {node: str(context.node_config["partition-id"]) for node, context in self._contexts.items()}
+
     def get_node_ids(self) -> list[int]:
         """All of them are there, always."""
         return list(self._contexts)

@@ -46,7 +46,8 @@ def make_strategy(config: FederatedConfig, num_clients: int) -> Any:
 
     Args:
         config: strategy, strategy_options, privacy, privacy_options, min_clients and client_evaluation are read.
-        num_clients: Clients of the federation; the number of sampled clients where privacy_options names none.
+        num_clients: Clients of the federation; from them follows how many are sampled, to which the noise of privacy
+            is calibrated where privacy_options name no number.
 
     Raises:
         FederatedError: An unknown strategy or parameter, or a parameter that Flower refuses.
@@ -57,10 +58,15 @@ def make_strategy(config: FederatedConfig, num_clients: int) -> Any:
         near = difflib.get_close_matches(config.strategy.lower(), folded, n=1)
         hint = f"; did you mean {folded[near[0]]!r}?" if near else ""
         raise FederatedError(f"strategy: found {config.strategy!r}, expected one of {', '.join(STRATEGIES)}{hint}")
+    least = config.min_clients
+    if config.privacy in WRAPPERS:
+        # With fewer, each one's share in the mean would be larger than what the noise is made to hide.
+        sampled = config.privacy_options.get("num_sampled_clients", sampled_clients(config, num_clients))
+        least = max(least, sampled) if isinstance(sampled, int) else least
     defaults = {
-        "min_train_nodes": config.min_clients,
+        "min_train_nodes": least,
         "min_evaluate_nodes": 1,
-        "min_available_nodes": config.min_clients,
+        "min_available_nodes": least,
         "fraction_evaluate": 1.0 if config.client_evaluation else 0.0,
         "weighted_by_key": EQUAL if config.privacy in WRAPPERS else EXAMPLES,
     }
@@ -72,10 +78,24 @@ def make_strategy(config: FederatedConfig, num_clients: int) -> Any:
     if config.privacy == "local":
         _check_local(config.privacy_options)
         return strategy
-    options = {"num_sampled_clients": num_clients, **config.privacy_options}
+    options = {"num_sampled_clients": sampled_clients(config, num_clients), **config.privacy_options}
     return _build(
         getattr(library, WRAPPERS[config.privacy]), options, "privacy_options", config.privacy, strategy=strategy
     )
+
+
+def sampled_clients(config: FederatedConfig, num_clients: int) -> int:
+    """How many of `num_clients` clients train in a round, as Flower reckons."""
+    options = config.strategy_options
+    return max(
+        int(num_clients * options.get("fraction_train", 1.0)), options.get("min_train_nodes", config.min_clients)
+    )
+
+
+def needed_clients(strategy: Any) -> int:
+    """How many clients a strategy waits for before each round."""
+    inner = getattr(strategy, "strategy", strategy)
+    return max(inner.min_available_nodes, inner.min_train_nodes, inner.min_evaluate_nodes)
 
 
 def privacy_settings(config: FederatedConfig) -> dict[str, str | float]:

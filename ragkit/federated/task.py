@@ -15,7 +15,7 @@ from ragkit.federated.partition import partition_rows, value_of
 from ragkit.federated.result import FederatedResult
 from ragkit.federated.server import serve
 from ragkit.federated.simulation import LocalGrid, simulated
-from ragkit.federated.strategies import make_strategy
+from ragkit.federated.strategies import make_strategy, needed_clients, sampled_clients
 from ragkit.runs import Run
 from ragkit.tuning.qa_data import QAData
 from ragkit.tuning.training import SystemTrainer
@@ -83,7 +83,7 @@ class FederatedTask:
         trainer's system holds the common weights.
 
         Args:
-            num_clients: How many; may be left out where `partition` says it.
+            num_clients: How many; None: the task's `num_clients`, else what `partition` says.
             partition: "iid", a column, or a list; see `partition_rows`.
             eval_partition: The same for `eval_data`; "same": by the same rule (only the server scores them where
                 `partition` is a list); None: only the server scores them.
@@ -95,13 +95,21 @@ class FederatedTask:
         task = self.with_settings(settings)
         trainer, seed = self.trainer, self.trainer.config.train.seed
         columns = trainer.config.data.columns or None
+        num_clients = task.config.num_clients if num_clients is None else num_clients
         parts = partition_rows(trainer.data, num_clients, partition, seed, columns)
         if task.config.min_clients > len(parts):
             raise FederatedError(f"min_clients: found {task.config.min_clients}, but there are {len(parts)} clients")
         eval_parts = self._eval_parts(parts, partition, eval_partition, task.config, columns)
         if eval_parts is None:
             task = task.with_settings({"client_evaluation": False})
-        make_strategy(task.config, len(parts))  # what Flower refuses, it refuses before anything is written
+        strategy = make_strategy(task.config, len(parts))  # what Flower refuses, it refuses before anything is written
+        needed = max(needed_clients(strategy), sampled_clients(task.config, len(parts)))
+        if needed > len(parts):  # Flower would wait for them for ever
+            raise FederatedError(
+                f"the strategy waits for {needed} clients, but there are {len(parts)}: give num_clients={needed}, or "
+                "smaller numbers in strategy_options (min_train_nodes, min_available_nodes, fraction_train, ...) and "
+                "privacy_options (num_sampled_clients)"
+            )
         run = Run.create(task.config, self.folder or trainer.config.output_dir)
         clients = [
             FederatedTask(trainer.for_data(part, eval_parts and eval_parts[number]), task.config, run.dir)

@@ -129,6 +129,59 @@ def test_with_privacy_a_failed_client_leaves_the_weights_as_they_were(simulate):
     assert len(result.failures) == 1 and torch.equal(result.weights["w"], torch.zeros(SIZE))
 
 
+def test_with_privacy_a_client_that_does_not_answer_in_time_leaves_them_too(simulate, monkeypatch):
+    real = LocalGrid.send_and_receive
+    monkeypatch.setattr(LocalGrid, "send_and_receive", lambda self, messages, **named: real(self, messages[1:]))
+    options = {"noise_multiplier": 0.0, "clipping_norm": 0.5}
+    result = simulate([1.0, 2.0], [1, 1], privacy="server-fixed", privacy_options=options)
+    assert "no answer in 3600 s (round_timeout)" in result.failures[0]["error"]
+    assert torch.equal(result.weights["w"], torch.zeros(SIZE))
+    assert float(simulate([1.0, 2.0], [1, 1]).weights["w"].mean()) in (1.0, 2.0)  # without privacy it goes on
+
+
+@pytest.mark.parametrize("kind", ["server-fixed", "client-fixed"])
+def test_the_noise_is_that_of_as_many_clients_as_are_sampled(simulate, kind):
+    options = {"noise_multiplier": 2.0, "clipping_norm": 0.5}
+    sampled = {"strategy_options": {"fraction_train": 0.25}}
+    moved = simulate([0.0001] * 8, [1] * 8, privacy=kind, privacy_options=options, **sampled).weights["w"]
+    assert float(moved.std()) == pytest.approx(2.0 * 0.5 / 2, rel=0.1)  # two of eight train: each is half of the mean
+
+
+@pytest.mark.parametrize(
+    ("settings", "needed"),
+    [
+        ({"strategy_options": {"min_available_nodes": 3}}, 3),
+        ({"strategy_options": {"min_train_nodes": 4}}, 4),
+        ({"strategy_options": {"fraction_train": 1.5}}, 3),
+        ({"privacy": "server-fixed", "privacy_options": {
+            "noise_multiplier": 1.0, "clipping_norm": 1.0, "num_sampled_clients": 5}}, 5),
+    ],
+)  # fmt: skip
+def test_more_clients_than_there_are_are_not_waited_for(simulate, settings, needed):
+    with pytest.raises(
+        FederatedError, match=f"waits for {needed} clients, but there are 2: give num_clients={needed}"
+    ):
+        simulate([0.1, 0.2], [1, 1], **settings)
+
+
+def test_two_nodes_of_one_name_are_refused(simulate, monkeypatch):
+    monkeypatch.setattr(apps, "client_name", lambda context: "0")
+    with pytest.raises(FederatedError, match="the nodes [12] and [12] both call themselves client 0.*partition-id"):
+        simulate([0.1, 0.2], [1, 1])
+
+
+def test_clients_may_have_scores_of_different_names(simulate, monkeypatch, tmp_path):
+    """Where one client's rows name supporting passages and another's do not, Flower itself would end the training."""
+
+    def score(trainer, given, generate, name):
+        return {"recall@1" if name == "client 0" else "em": 0.5}, 1
+
+    monkeypatch.setattr(apps, "score_round", score)
+    monkeypatch.setattr(FederatedTask, "_eval_parts", lambda self, parts, *rest: parts)
+    result = simulate([0.1, 0.2], [1, 1])
+    assert result.curve("recall@1") == result.curve("em") == {1: 0.5}
+
+
 def test_the_superlinks_answer_for_a_client_that_is_gone_is_put_down_to_that_client(simulate, monkeypatch):
     real = LocalGrid.send_and_receive
 
@@ -141,7 +194,7 @@ def test_the_superlinks_answer_for_a_client_that_is_gone_is_put_down_to_that_cli
 
     monkeypatch.setattr(LocalGrid, "send_and_receive", send_and_receive)
     result = simulate([1.0, None, 2.0], [1, 1, 1], min_clients=2)
-    assert [(e["client"], e["round"]) for e in result.failures] == [("at node 2", 1)]
+    assert [(e["client"], e["round"]) for e in result.failures] == [("1", 1)]
     assert float(result.weights["b"]) == 2.5 and result.clients == {"0": 1, "2": 1}
 
 
@@ -190,6 +243,21 @@ def test_given_parts():
         partition_rows(data, 2, [["r2"], ["r2"]])
     with pytest.raises(FederatedError, match="needs num_clients"):
         partition_rows(data, None)
+    assert [len(part) for part in partition_rows(data, None, np.array(numbers))] == [5, 7]
+    assert [len(part) for part in partition_rows(data, None, torch.tensor(numbers))] == [5, 7]
+
+
+@pytest.mark.parametrize(("count", "expected"), [(0, "at least 1"), (-2, "at least 1"), (2.5, "a whole number")])
+def test_a_number_of_clients_that_is_none_is_named(count, expected):
+    for how in ("iid", "owner"):
+        with pytest.raises(FederatedError, match=f"num_clients: found {count}, expected {expected}"):
+            partition_rows(load_qa(ROWS), count, how)
+
+
+@pytest.mark.parametrize("how", [None, 3, {"a": [1]}])
+def test_a_partition_that_is_none_is_named(how):
+    with pytest.raises(FederatedError, match='partition: found .*, expected "iid", the name of a column, or a list'):
+        partition_rows(load_qa(ROWS), 2, how)
 
 
 def test_an_app_folder_is_written_once(tmp_path):
@@ -197,6 +265,8 @@ def test_an_app_folder_is_written_once(tmp_path):
     assert sorted(p.name for p in (folder / "my_app").iterdir()) == [
         "__init__.py", "client_app.py", "server_app.py", "task.py"]  # fmt: skip
     assert "rounds = 7" in (folder / "pyproject.toml").read_text()
+    larger = apps.write_app(tmp_path / "larger", min_clients=3)
+    assert "num_clients = 3" in (larger / "pyproject.toml").read_text().replace("num-clients", "num_clients")
     for path in (folder / "my_app").glob("*.py"):
         compile(path.read_text(), str(path), "exec")
     with pytest.raises(FederatedError, match="holds files already"):
@@ -215,3 +285,20 @@ def test_flower_is_silent_where_only_the_server_scores_and_warns_otherwise(caplo
         assert [record.getMessage() for record in caplog.records] == ["something else"]
     finally:
         log.propagate = propagate
+
+
+def test_an_older_python_is_told_that_it_is_too_old(monkeypatch):
+    """There the extra is empty: to install it, as the message else says, would change nothing."""
+    from ragkit import optional
+
+    def missing(name):
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(optional.importlib, "import_module", missing)
+    monkeypatch.setattr(optional.sys, "version_info", (3, 10, 4))
+    with pytest.raises(
+        ImportError, match=r"flwr.serverapp.strategy, which needs Python 3.11 or later; this is Python 3.10"
+    ):
+        make_strategy(FederatedConfig(), 2)
+    with pytest.raises(ImportError, match=r'this needs the library qdrant_client; install it with: pip install "ragk'):
+        optional.require("qdrant_client", extra="qdrant")
