@@ -12,6 +12,15 @@ class HuggingFaceFLTask(FederatedTask):
     """A `ragkit.federated` task. FedRAG's `server` and `client` are objects of Flower's first API, which Flower has
     given up; their errors say what to use."""
 
+    @classmethod
+    def from_trainer_and_tester(cls, *given: Any, **named: Any) -> NoReturn:
+        """Not here: an error that says what to use."""
+        raise FederatedError(
+            "HuggingFaceFLTask.from_trainer_and_tester(...) wraps decorated functions; here a task is made from the "
+            "trainers themselves: HuggingFaceRAGTrainerManager(mode, retriever_trainer, generator_trainer)"
+            ".get_federated_task(rounds=3).simulate(num_clients=2)"
+        )
+
     def server(self, *given: Any, **named: Any) -> NoReturn:
         """Not here: an error that says what to use."""
         raise FederatedError(f"fl_task.server(...) {_INSTEAD.format(side='server')}")

@@ -10,6 +10,7 @@ import torch
 from ragkit import LSRConfig, RALTConfig
 from ragkit.compat.fedrag import (
     HFPeftModelGenerator,
+    HuggingFaceFLTask,
     HuggingFaceRAGTrainerManager,
     HuggingFaceTrainerForLSR,
     HuggingFaceTrainerForRALT,
@@ -344,5 +345,7 @@ def test_flowers_first_api_is_told_apart(make_fedrag, rows):
     for side, call in [("server", task.server), ("client", task.client)]:
         with pytest.raises(RuntimeError, match=rf"fl_task.{side}\(...\) belongs .*simulate\(.*apps.{side}_app\(build"):
             call(model=manager.model, train_dataset=rows)
+    with pytest.raises(RuntimeError, match="here a task is made from the trainers themselves: .*simulate.num_clients"):
+        HuggingFaceFLTask.from_trainer_and_tester(trainer=print, tester=print)
     with pytest.raises(ConfigError, match='unknown key "round" .*did you mean "rounds"'):
         manager.get_federated_task(round=3)
