@@ -93,7 +93,7 @@ class LSRConfig(Config):
     valid_share: float | None = setting(
         None,
         "Share of the training questions that is held out to choose the weights by, scored every train.eval_steps "
-        "(null: eight times); null: 0.1 where that is at least 20 questions, else none.",
+        "(null: eight times, three with train_part=both); null: 0.1 where that is at least 20 questions, else none.",
         unit="share",
         ge=0,
         lt=1,

@@ -22,7 +22,7 @@ from ragkit.holding_out import connected, hold_out
 from ragkit.runs import Run, RunError
 from ragkit.tuning.lsr import LSRTrainer
 from ragkit.tuning.qa_data import QAExample
-from ragkit.tuning.selection import EVALUATIONS, Selection, hold_out_examples
+from ragkit.tuning.selection import Selection, hold_out_examples
 
 QUICK = {"eval_steps": 2, "learning_rate": 0.01}  # the best of the right teacher's steps is in the middle
 JOB = Path(__file__).with_name("lsr_job.py")
@@ -370,13 +370,15 @@ def test_the_steps_between_evaluations(tmp_path):
     )
     train = settings(tmp_path).train
     for changes, rows_, every in (
-        ({"max_steps": 80}, 17, 80 // EVALUATIONS),
+        ({"max_steps": 80}, 17, 80 // 8),
         ({"max_steps": 3}, 17, 1),
         ({"max_steps": None, "num_epochs": 10}, 17, 5),  # 4 steps in an epoch, 40 in all
         ({"max_steps": None, "num_epochs": 10, "gradient_accumulation_steps": 2}, 17, 3),
         ({"max_steps": 80, "eval_steps": 7}, 17, 7),
     ):
         assert selection.engine_settings(train.model_copy(update=changes), rows_).eval_steps == every
+    selection.config = settings(tmp_path).model_copy(update={"train_part": "both"})
+    assert selection.engine_settings(train.model_copy(update={"max_steps": 80}), 17).eval_steps == 27
 
 
 def test_only_what_is_better_is_kept(tmp_path):
