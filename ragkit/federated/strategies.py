@@ -58,6 +58,12 @@ def make_strategy(config: FederatedConfig, num_clients: int) -> Any:
         near = difflib.get_close_matches(config.strategy.lower(), folded, n=1)
         hint = f"; did you mean {folded[near[0]]!r}?" if near else ""
         raise FederatedError(f"strategy: found {config.strategy!r}, expected one of {', '.join(STRATEGIES)}{hint}")
+    _check_counts(config.strategy_options)
+    if config.privacy is None and config.privacy_options:
+        raise FederatedError(
+            f"privacy_options: found {config.privacy_options}, but no privacy is set: nothing would be private; set "
+            "privacy='server-fixed' or another, or leave the options out"
+        )
     least = config.min_clients
     if config.privacy in WRAPPERS:
         # With fewer, each one's share in the mean would be larger than what the noise is made to hide.
@@ -73,6 +79,10 @@ def make_strategy(config: FederatedConfig, num_clients: int) -> Any:
     strategy = _build(
         getattr(library, config.strategy), {**defaults, **config.strategy_options}, "strategy_options", config.strategy
     )
+    if config.strategy == "FedProx" and not config.strategy_options.get("proximal_mu", 0) > 0:
+        raise FederatedError(
+            "strategy_options: FedProx without a proximal_mu above 0 is FedAvg; give {'proximal_mu': 0.1}, or use FedAvg"
+        )
     if config.privacy is None:
         return strategy
     if config.privacy == "local":
@@ -120,6 +130,18 @@ def privacy_mod(message: Any, context: Any, call_next: Callable[[Any, Any], Any]
     else:
         mod = mods.fixedclipping_mod if kind == "client-fixed" else mods.adaptiveclipping_mod
     return mod(message, context, call_next)
+
+
+def _check_counts(options: Mapping[str, Any]) -> None:
+    """Flower takes any number: it then trains nobody, or waits for ever for clients that cannot be."""
+    for name, value in options.items():
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if name in ("fraction_train", "fraction_evaluate"):
+            if not number or not 0 <= value <= 1 or (name == "fraction_train" and value == 0):
+                expected = "a number above 0, up to 1" if name == "fraction_train" else "a number from 0 to 1"
+                raise FederatedError(f"strategy_options: {name}: found {value!r}, expected {expected}")
+        elif name.startswith("min_") and name.endswith("_nodes") and not (isinstance(value, int) and value >= 0):
+            raise FederatedError(f"strategy_options: {name}: found {value!r}, expected a whole number, at least 0")
 
 
 def _build(kind: Callable[..., Any], options: Mapping[str, Any], setting: str, name: str, **given: Any) -> Any:

@@ -199,7 +199,7 @@ class LSRTrainer(SystemTrainer):
 
     def for_rounds(self) -> LSRTrainer:
         """This trainer with `keep="last"`: nothing is held out."""
-        if self.config.keep == "last" or not self._held_out:
+        if self.config.keep == "last":
             return self
         other = copy.copy(self)
         other.config = self.config.model_copy(update={"keep": "last"})

@@ -404,3 +404,8 @@ def test_a_simulation_again_starts_from_what_the_first_gave(ralt, questions):
     second = task.simulate(num_clients=2)
     assert first.run_dir != second.run_dir and not second.failures
     assert farthest(first.weights, second.weights) > 1e-4
+
+
+def test_each_round_of_a_client_says_nothing_of_questions_held_out(lsr, questions, capsys):
+    task_of(lsr(questions[:3]), rounds=1, local_steps=1).simulate(num_clients=2)
+    assert "hold some out" not in capsys.readouterr().out

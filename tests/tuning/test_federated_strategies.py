@@ -70,7 +70,11 @@ def simulate(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_every_strategy_aggregates(simulate, name):
     steps, parts = [0.1, 0.2, 0.3, 0.4, 5.0], [2, 2, 2, 2, 4]
-    options = {"QFedAvg": {"client_learning_rate": 0.1}, "FedTrimmedAvg": {"beta": 0.2}}.get(name, {})
+    options = {
+        "QFedAvg": {"client_learning_rate": 0.1},
+        "FedTrimmedAvg": {"beta": 0.2},
+        "FedProx": {"proximal_mu": 0.1},
+    }.get(name, {})
     if name in ("Krum", "MultiKrum"):
         options = {"num_malicious_nodes": 1}
     moved = float(simulate(steps, parts, strategy=name, strategy_options=options).weights["w"].mean())
@@ -155,7 +159,6 @@ def test_the_noise_is_that_of_as_many_clients_as_are_sampled(simulate, kind):
     [
         ({"strategy_options": {"min_available_nodes": 3}}, 3),
         ({"strategy_options": {"min_train_nodes": 4}}, 4),
-        ({"strategy_options": {"fraction_train": 1.5}}, 3),
         ({"privacy": "server-fixed", "privacy_options": {
             "noise_multiplier": 1.0, "clipping_norm": 1.0, "num_sampled_clients": 5}}, 5),
     ],
@@ -165,6 +168,30 @@ def test_more_clients_than_there_are_are_not_waited_for(simulate, settings, need
         FederatedError, match=f"waits for {needed} clients, but there are 2: give num_clients={needed}"
     ):
         simulate([0.1, 0.2], [1, 1], **settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("fraction_train", 0),
+        ("fraction_train", 1.5),
+        ("fraction_train", "half"),
+        ("fraction_evaluate", 2.0),
+        ("fraction_evaluate", -1.0),
+        ("min_train_nodes", 1.5),
+    ],
+)
+def test_shares_that_are_none_are_named(simulate, name, value):
+    with pytest.raises(FederatedError, match=f"strategy_options: {name}: found {value!r}, expected a "):
+        simulate([0.1, 0.2], [1, 1], strategy_options={name: value})
+
+
+def test_what_would_do_nothing_is_refused(simulate):
+    for mu in ({}, {"proximal_mu": -1.0}):
+        with pytest.raises(FederatedError, match="FedProx without a proximal_mu above 0 is FedAvg"):
+            simulate([0.1, 0.2], [1, 1], strategy="FedProx", strategy_options=mu)
+    with pytest.raises(FederatedError, match="no privacy is set: nothing would be private"):
+        simulate([0.1, 0.2], [1, 1], privacy_options={"noise_multiplier": 1.0, "clipping_norm": 1.0})
 
 
 def test_two_nodes_of_one_name_are_refused(simulate, monkeypatch):
