@@ -81,7 +81,8 @@ def make_strategy(config: FederatedConfig, num_clients: int) -> Any:
     )
     if config.strategy == "FedProx" and not config.strategy_options.get("proximal_mu", 0) > 0:
         raise FederatedError(
-            "strategy_options: FedProx without a proximal_mu above 0 is FedAvg; give {'proximal_mu': 0.1}, or use FedAvg"
+            "strategy_options: FedProx without a proximal_mu above 0 is FedAvg; give {'proximal_mu': 0.1}, or use "
+            "FedAvg"
         )
     if config.privacy is None:
         return strategy
