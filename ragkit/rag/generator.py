@@ -241,8 +241,7 @@ class Generator:
             max_new_tokens: Longest answer; the generator's own by default.
 
         Returns:
-            One answer a question. As many questions go through the model at once as their prompts fit into
-            `batch_size`, one at least.
+            One answer a question. At most `batch_size` prompts go through the model at once, or one question.
 
         Raises:
             ValueError: A question without a prompt, or with another number of weights.
