@@ -304,7 +304,7 @@ def test_a_graph_is_laid_out_once_until_it_changes_and_is_not_kept_alive(case, p
     key, count = id(c.graph), len(_views)
     del c.graph
     gc.collect()
-    assert key not in _views and len(_views) == count - 1
+    assert key not in _views and len(_views) < count  # graphs of earlier tests may go as well
 
 
 # ---- link prediction ----

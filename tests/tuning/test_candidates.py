@@ -200,12 +200,14 @@ def test_the_presets_are_the_papers_and_the_other_kits():
 # ---- rows that cannot be used ----
 
 
-def test_answers_without_a_token_are_left_out_and_named(tmp_path, capsys):
+def test_answers_without_a_token_are_left_out_and_named(tmp_path, capsys, monkeypatch):
     trainer = job.make_trainer(job.settings(tmp_path))
-    system = trainer.system
-    encode = system.generator.encode_response
-    system.generator.encode_response = lambda text, eos=True, template=None: (
-        ([2] if eos else []) if text == "Peru food" else encode(text, eos, template)
+    kind = type(trainer.system.generator.tokenizer)
+    encode = kind.__call__
+    monkeypatch.setattr(
+        kind,
+        "__call__",
+        lambda self, text=None, *a, **k: {"input_ids": []} if text == "Peru food" else encode(self, text, *a, **k),
     )
     assert len(trainer.rows()) == 23
     assert trainer.left_out == [("Peru-food", "the answer 'Peru food' has no token")]
