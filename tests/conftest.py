@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
+import time
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 if "PYTEST_XDIST_WORKER" in os.environ:  # one process a core already: more threads would only be in each other's way
@@ -89,3 +93,29 @@ def minilm():
     from ragkit.rag.encoder import Encoder
 
     return Encoder("default", device="cpu")
+
+
+@pytest.fixture
+def kill_when():
+    """kill_when(arguments, reached, environment, seconds): runs a Python job, and kills it as soon as `reached()`."""
+
+    def kill(arguments, reached, environment=None, seconds=180):
+        process = subprocess.Popen(
+            [sys.executable, *map(str, arguments)],
+            env={**os.environ, **(environment or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        deadline = time.monotonic() + seconds
+        try:
+            while not reached():
+                if process.poll() is not None:
+                    pytest.fail(f"the job ended by itself: {process.stdout.read()}")
+                assert time.monotonic() < deadline, "the job never got there"
+                time.sleep(0.02)
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+
+    return kill

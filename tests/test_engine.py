@@ -1,11 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import signal
-import subprocess
-import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -236,49 +232,30 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
 # ---- kill -9 ----
 
 
-def kill_when(run, kind, reached, **environment):
-    """Trains in a process of its own and kills it with SIGKILL as soon as `reached()`."""
-    process = subprocess.Popen(
-        [sys.executable, str(JOB), kind, str(run.dir)],
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    deadline = time.monotonic() + 180
-    try:
-        while not reached():
-            if process.poll() is not None:
-                pytest.fail(f"the job ended by itself: {process.stdout.read()}")
-            assert time.monotonic() < deadline, "the job never got there"
-            time.sleep(0.02)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
 @pytest.mark.parametrize(
     ("kind", "case"), [("plain", "mid-run"), ("plain", "while saving"), ("plain", "early"), ("adapters", "mid-run")]
 )
-def test_killed_and_resumed_equals_unbroken(tmp_path, kind, case):
+def test_killed_and_resumed_equals_unbroken(tmp_path, kill_when, kind, case):
     whole, unbroken = make(tmp_path, "whole", kind=kind)
     expected = run_training(unbroken)
     run = Run.create(job.SETTINGS, tmp_path, name="killed")
+
+    command = [JOB, kind, run.dir]
 
     def at_step(step):
         return lambda: any(event["step"] >= step for event in run.events())
 
     if case == "while saving":
         half = run.checkpoints_dir / "checkpoint-6" / "half-written"
-        kill_when(run, kind, half.exists, HANG_IN="checkpoint-6/optimizer.pt")
+        kill_when(command, half.exists, {"HANG_IN": "checkpoint-6/optimizer.pt"})
         assert half.with_name("optimizer.pt").is_file() and run.last_checkpoint().name == "checkpoint-3"
     elif case == "early":
-        kill_when(run, kind, at_step(1))
+        kill_when(command, at_step(1))
         assert run.last_checkpoint() is None
     else:
-        kill_when(run, kind, at_step(8))
+        kill_when(command, at_step(8))
         assert run.last_checkpoint().name in ("checkpoint-6", "checkpoint-9")
     assert 1 <= run.events()[-1]["step"] < STEPS
 

@@ -11,7 +11,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -167,34 +166,13 @@ def test_a_run_is_resumed_by_name_or_as_it_is_given(settings):
 # ---- killed ----
 
 
-def kill_when(run, reached, **environment):
-    """Trains in a process of its own and kills it with SIGKILL as soon as `reached()`."""
-    process = subprocess.Popen(
-        [sys.executable, str(JOB), str(run.dir)],
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    deadline = time.monotonic() + 180
-    try:
-        while not reached():
-            if process.poll() is not None:
-                pytest.fail(f"the job ended by itself: {process.stdout.read()}")
-            assert time.monotonic() < deadline, "the job never got there"
-            time.sleep(0.02)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
-def test_killed_at_any_step_and_resumed_equals_unbroken(whole, settings):
+def test_killed_at_any_step_and_resumed_equals_unbroken(whole, settings, kill_when):
     unbroken, expected = whole
     run = Run.create(settings(), settings().output_dir, "broken")
     step = random.Random(os.getpid()).randint(2, STEPS - 2)
-    kill_when(run, lambda: any(event["step"] >= step for event in run.events()))
+    kill_when([JOB, run.dir], lambda: any(event["step"] >= step for event in run.events()))
     reached = run.events()[-1]["step"]
     assert step <= reached < STEPS, step
 
@@ -205,11 +183,11 @@ def test_killed_at_any_step_and_resumed_equals_unbroken(whole, settings):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
-def test_killed_between_an_evaluation_and_its_checkpoint(whole, settings):
+def test_killed_between_an_evaluation_and_its_checkpoint(whole, settings, kill_when):
     """The best model is ahead of the checkpoint; the resumed run comes to the same evaluation again."""
     unbroken, expected = whole
     run = Run.create(settings(), settings().output_dir, "broken")
-    kill_when(run, (run.dir / "evaluated").exists, WAIT_AFTER_EVALUATION="2")
+    kill_when([JOB, run.dir], (run.dir / "evaluated").exists, {"WAIT_AFTER_EVALUATION": "2"})
     assert run.last_checkpoint().name == "checkpoint-15"
     assert run.events()[-1]["step"] == 16 and "eval_ent_mrr" in run.events()[-1]
     best = best_of(run)

@@ -7,12 +7,12 @@ import math
 import logprob_cases
 import pytest
 import torch
-from case_tools import fill_new_memory
 from ragkit_kernels.linear_logprob import sequence_logprob, token_logprobs, token_logprobs_reference
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.usefixtures("new_memory_is_nan"),
 ]
 FULL = {"logit_scale": 0.7, "softcap": 20.0, "temperature": 1.3}
 
@@ -27,13 +27,6 @@ def kinds() -> list[tuple[torch.dtype, str]]:
     if torch.cuda.is_available() and not modern():
         found = [(torch.float16, "chunked"), (torch.float32, "chunked")]
     return [*found, (torch.float64, "chunked")]
-
-
-@pytest.fixture(autouse=True)
-def new_memory_is_nan():
-    fill_new_memory()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("name", logprob_cases.all_checks())

@@ -5,20 +5,13 @@ from __future__ import annotations
 import lsr_loss_cases
 import pytest
 import torch
-from case_tools import fill_new_memory
 from ragkit_kernels.lsr_loss import DIRECTIONS, lsr_loss, lsr_loss_from_embeddings
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.usefixtures("new_memory_is_nan"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def new_memory_is_nan():
-    fill_new_memory()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("name", lsr_loss_cases.all_checks())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import relconv_cases
 import torch
-from case_tools import DTYPES, TOLERANCE, fill_new_memory
+from case_tools import DTYPES, TOLERANCE
 from ragkit_kernels.relational_conv import (
     build_layout,
     norm_relu_residual,
@@ -19,14 +19,8 @@ from ragkit_kernels.relational_conv import (
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.usefixtures("new_memory_is_nan"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def new_memory_is_nan():
-    fill_new_memory()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("name", relconv_cases.all_checks())

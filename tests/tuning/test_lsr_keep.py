@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -212,30 +210,14 @@ def test_stopped_and_resumed_keeps_the_same(unbroken, tmp_path, stop):
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
 @pytest.mark.parametrize("where", ["weights", "best.json", "step"])
-def test_killed_and_resumed_keeps_the_same(unbroken, tmp_path, where):
+def test_killed_and_resumed_keeps_the_same(unbroken, tmp_path, kill_when, where):
     """Killed while the weights of an evaluation are half-written, between them and best.json, and in a later step."""
     if unbroken.teacher is wrong:
         pytest.skip("what is kept does not depend on the teacher, and stopping tests both")
     config = settings(tmp_path, "killed", train=QUICK)
     run = Run.create(config, tmp_path, name="killed")
     name, reached = unbroken.teacher.__name__, tmp_path / "reached"
-    process = subprocess.Popen(
-        [sys.executable, __file__, str(run.dir), name, where],
-        env={**os.environ, "REACHED": str(reached)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    deadline = time.monotonic() + 120
-    try:
-        while not reached.exists():
-            if process.poll() is not None:
-                pytest.fail(f"the job ended by itself: {process.stdout.read()}")
-            assert time.monotonic() < deadline, "the job never got there"
-            time.sleep(0.02)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    kill_when([__file__, run.dir, name, where], reached.exists, {"REACHED": str(reached)}, seconds=120)
     trainer = trainer_of(config, unbroken.teacher, run=Run.open(run.dir))
     trainer.train(resume=True)
     assert curve(run) == curve(unbroken.run) and best_of(run) == best_of(unbroken.run)

@@ -5,12 +5,8 @@ from __future__ import annotations
 import gc
 import importlib.util
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -186,42 +182,21 @@ def test_stopped_and_resumed_equals_unbroken(part, unbroken, tmp_path, stop):
     assert_as(again, unbroken)
 
 
-def kill_when(run, part, reached, **environment):
-    """Trains in a process of its own and kills it with SIGKILL as soon as `reached()`."""
-    process = subprocess.Popen(
-        [sys.executable, str(JOB), str(run.dir), part],
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    deadline = time.monotonic() + 180
-    try:
-        while not reached():
-            if process.poll() is not None:
-                pytest.fail(f"the job ended by itself: {process.stdout.read()}")
-            assert time.monotonic() < deadline, "the job never got there"
-            time.sleep(0.02)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
 @pytest.mark.parametrize("case", ["mid-run", "saving", "scoring"])
-def test_killed_and_resumed_equals_unbroken(part, unbroken, tmp_path, case):
+def test_killed_and_resumed_equals_unbroken(part, unbroken, tmp_path, kill_when, case):
     if part == "both":
         pytest.skip("what is kept does not depend on the part, and stopping tests both")
     config = job.settings(tmp_path, "killed", train_part=part)
     run = Run.create(config, tmp_path, name="killed")
     folder = run.dir / "refreshed"
     if case == "mid-run":
-        kill_when(run, part, lambda: any(event["step"] >= 5 for event in run.events()))
+        kill_when([JOB, run.dir, part], lambda: any(event["step"] >= 5 for event in run.events()))
         assert (folder / "step-3").is_dir() and run.last_checkpoint().name in ("checkpoint-4", "checkpoint-6")
     else:
         reached = tmp_path / "reached"
-        kill_when(run, part, reached.exists, HANG_WHILE=case, REACHED=str(reached))
+        kill_when([JOB, run.dir, part], reached.exists, {"HANG_WHILE": case, "REACHED": str(reached)})
         assert not (folder / "step-6").exists() and run.last_checkpoint().name == "checkpoint-6"
         assert len(list(folder.iterdir())) == (2 if case == "saving" else 1)  # a half-written one
     trainer = job.make_trainer(config, Run.open(run.dir))
