@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import os
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from ragkit.best import Kept
 from ragkit.config import TrainConfig
 from ragkit.run_callback import NothingLeftError, RunCallback, ZeroGradientWarning
+from ragkit.run_state import one_line
 from ragkit.runs import Run, RunError, checkpoint_is_complete, checkpoint_step
-from ragkit.tables import html_table
+from ragkit.train_result import TrainResult, result_of
 from ragkit.trained_part import TrainedPart, freeze, trainable_parameters
 
 __all__ = [
@@ -239,7 +240,7 @@ def training_arguments(train: TrainConfig, run: Run, device: str = "auto", **ove
         "report_to": list(train.report_to) or "none",
         "use_cpu": use_cpu,
         "dataloader_pin_memory": not use_cpu,
-        "disable_tqdm": os.environ.get("TQDM_DISABLE") == "1" or not (_in_notebook() or sys.stderr.isatty()),
+        "disable_tqdm": os.environ.get("TQDM_DISABLE") == "1" or not _may_draw_bars(),
     }
     if train.gradient_checkpointing:
         values[recompute] = True
@@ -251,46 +252,6 @@ def training_arguments(train: TrainConfig, run: Run, device: str = "auto", **ove
 
 
 # ---- running ----
-
-
-@dataclasses.dataclass(repr=False)
-class TrainResult:
-    """What a training gave.
-
-    Attributes:
-        loss: Mean training loss over all steps of the run (over all resumes), in the units of the loss.
-        history: The events of the run, one dictionary a logged step or evaluation.
-        steps: Optimizer steps made.
-        run_dir: The run folder.
-        stopped: Whether the stop flag ended the training before its last step.
-        metrics: Last value of every evaluation, and how long it took.
-        kept: Which weights the training ended with, where they were chosen by held-out questions (LSR).
-    """
-
-    loss: float
-    history: list[dict[str, Any]]
-    steps: int
-    run_dir: Path
-    stopped: bool = False
-    metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
-    kept: Kept | None = None
-
-    def _rows(self) -> list[tuple[str, str]]:
-        losses = [event["loss"] for event in self.history if event.get("loss") is not None]
-        curve = f"{self.loss:.4f} (first {losses[0]:.4f}, last {losses[-1]:.4f})" if losses else f"{self.loss:.4f}"
-        rows = [("mean loss", curve), ("steps", f"{self.steps}{' (stopped early)' if self.stopped else ''}")]
-        rows += [(name, f"{value:.4f}") for name, value in self.metrics.items() if name.startswith("eval_")]
-        if self.kept is not None:
-            rows.append(("kept", str(self.kept)))
-        if "seconds" in self.metrics:
-            rows.append(("time", f"{self.metrics['seconds']:.1f} s"))
-        return [*rows, ("run folder", str(self.run_dir))]
-
-    def __repr__(self) -> str:
-        return "TrainResult(" + ", ".join(f"{name} {value}" for name, value in self._rows()) + ")"
-
-    def _repr_html_(self) -> str:
-        return html_table([["training", ""], *self._rows()])
 
 
 def run_training(trainer: RunTrainer, run: Run | None = None, resume: bool = False) -> TrainResult:
@@ -312,6 +273,24 @@ def run_training(trainer: RunTrainer, run: Run | None = None, resume: bool = Fal
     """
     run = trainer.run if run is None else run
     events = run.events()
+    if events and not resume and run.state().name != "running":
+        raise RunError(
+            f'the run "{run.dir}" has events up to step {max(event.get("step", 0) for event in events)} already; '
+            "continue it with resume=True, or train in a new run"
+        )
+    if not trainer.is_world_process_zero():
+        return _train(trainer, run, resume)
+    with run.hold(**_facts(trainer)) as held:
+        try:
+            result = _train(trainer, run, resume)
+        except Exception as error:
+            _log_error(trainer, run, error)
+            raise
+        held.end("stopped" if result.stopped else "finished")
+    return result
+
+
+def _train(trainer: RunTrainer, run: Run, resume: bool) -> TrainResult:
     checkpoint = None
     if resume:
         checkpoint = run.last_checkpoint()
@@ -322,11 +301,6 @@ def run_training(trainer: RunTrainer, run: Run | None = None, resume: bool = Fal
             run.drop_checkpoints_after(step)
             run.truncate_events(step if checkpoint is not None else -1)
             run.clear_stop()
-    elif events:
-        raise RunError(
-            f'the run "{run.dir}" has events up to step {max(event.get("step", 0) for event in events)} already; '
-            "continue it with resume=True, or train in a new run"
-        )
     # A fresh start draws the same random numbers whatever was computed since the trainer was made.
     set_seed(trainer.args.seed)
     begin = time.monotonic()
@@ -345,6 +319,30 @@ def run_training(trainer: RunTrainer, run: Run | None = None, resume: bool = Fal
     return _result(trainer, run, time.monotonic() - begin)
 
 
+def _result(trainer: RunTrainer, run: Run, seconds: float) -> TrainResult:
+    stopped = trainer.run_callback.stopped
+    result = result_of(run, trainer.state.global_step, stopped, seconds)
+    if trainer.is_world_process_zero():
+        run.write_metrics({"loss": result.loss, "steps": result.steps, "stopped": stopped, **result.metrics})
+    return result
+
+
+def _facts(trainer: RunTrainer) -> dict[str, Any]:
+    """What others shall know of a training: where it computes, and with how many threads and processes."""
+    device: Any = trainer.args.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    return {"device": name, "threads": torch.get_num_threads(), "processes": trainer.args.world_size}
+
+
+def _log_error(trainer: RunTrainer, run: Run, error: Exception) -> None:
+    """The error as an event, for those who read the run; a resumed run drops it, as it is of the step not made."""
+    if isinstance(error, NonFiniteLossError) or trainer.state.max_steps <= 0:
+        return  # that one is written already; and nothing had begun yet
+    with suppress(OSError, RunError):  # the disk is full or the folder gone, which is the error then
+        event = {"step": trainer.state.global_step + 1, "total": trainer.state.max_steps, "error": one_line(error)}
+        run.log(event)
+
+
 def _not_written(half: Path, last: Path | None, error: Exception) -> str:
     """What to say of a checkpoint that could not be written to its end."""
     whole = f"{last.name} is whole" if last is not None else "there is none before it"
@@ -353,25 +351,6 @@ def _not_written(half: Path, last: Path | None, error: Exception) -> str:
         f"{half} cannot be written: {error} ({free:,.0f} MiB are free on its disk). {whole}: make room, and resume "
         "the run"
     )
-
-
-def _result(trainer: RunTrainer, run: Run, seconds: float) -> TrainResult:
-    history = run.events()
-    evaluations: dict[str, Any] = {}
-    total, last, elapsed = 0.0, 0, seconds
-    for event in history:
-        if event.get("loss") is not None:
-            total += event["loss"] * (event["step"] - last)  # an event holds the mean since the last one
-            last = event["step"]
-        elapsed = event.get("elapsed") or elapsed
-        evaluations.update({name: value for name, value in event.items() if name.startswith("eval_")})
-    loss = total / last if last else math.nan
-    steps = trainer.state.global_step
-    stopped = trainer.run_callback.stopped
-    metrics = {**evaluations, "seconds": elapsed}
-    if trainer.is_world_process_zero():
-        run.write_metrics({"loss": loss, "steps": steps, "stopped": stopped, **metrics})
-    return TrainResult(loss, history, steps, run.dir, stopped, metrics)
 
 
 def _is_transformers_model(model: nn.Module) -> bool:
@@ -391,6 +370,13 @@ def _describe(inputs: Mapping[str, Any], shown: int = 8) -> str:
         return f"the questions {', '.join(names[:shown])}{more}"
     shapes = [f"{name} {list(value.shape)}" for name, value in inputs.items() if isinstance(value, Tensor)]
     return ", ".join(shapes) or f"the fields {', '.join(inputs)}"
+
+
+def _may_draw_bars() -> bool:
+    """Whether there is a screen for progress bars; a worker thread's would land under whatever cell runs just then."""
+    if threading.current_thread() is not threading.main_thread():
+        return False
+    return _in_notebook() or sys.stderr.isatty()
 
 
 def _in_notebook() -> bool:

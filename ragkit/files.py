@@ -37,6 +37,46 @@ def exclusive(handle: int) -> Iterator[None]:
         fcntl.flock(handle, fcntl.LOCK_UN)
 
 
+def try_lock(handle: int) -> bool | None:
+    """Takes the lock of an open file without waiting; it is let go of when the file is closed or the process ends.
+
+    Returns:
+        Whether it was free; None where the system or the file system has no such locks.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def is_locked(path: str | Path) -> bool | None:
+    """Whether somebody holds the lock of a file; False where there is no file, None where there are no such locks."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two that look do not take each other for a holder
+    except ImportError:
+        return None
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    finally:
+        os.close(handle)
+    return False
+
+
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     """A file to write bytes to, that stands at `path` once the block has ended without an error."""

@@ -13,12 +13,14 @@ import shutil
 import struct
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import yaml
 
 from ragkit.files import atomic_write_json, atomic_write_text, exclusive
+from ragkit.run_state import BusyError, Hold, RunState, hold, state_of
 
 CHECKPOINT_MARKER = "ragkit_complete.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -183,6 +185,39 @@ class Run:
         if not isinstance(values, dict):
             raise RunError(f"{self.metrics_path}: expected an object, found a {type(values).__name__}")
         return values
+
+    # ---- who works on it, and how it stands ----
+
+    def state(self) -> RunState:
+        """How the run stands: new, running, stopped, finished, failed or interrupted, with step and last error."""
+        try:
+            metrics = self.metrics()
+        except RunError:
+            metrics = {}
+        return state_of(self.dir, metrics=metrics)
+
+    @contextmanager
+    def hold(self, **facts: Any) -> Iterator[Hold]:
+        """Holds the run for one training, which says at the end how it ended (`Hold.end`).
+
+        Args:
+            **facts: What others shall know of the training (device, threads, processes).
+
+        Raises:
+            RunError: A training works on this run already.
+        """
+        try:
+            with hold(self.dir, facts) as held:
+                yield held
+        except BusyError as error:
+            raise RunError(
+                f'the run "{self.dir}" is being trained: {error}. Watch it with RunPanel.attach("{self.dir}"), or end '
+                f'it with Run.open("{self.dir}").request_stop() and try again'
+            ) from None
+        except FileNotFoundError as error:
+            if self.dir.is_dir():
+                raise
+            raise RunError(f'the run folder "{self.dir}" is gone: it was deleted or moved ({error})') from error
 
     # ---- stop ----
 

@@ -20,6 +20,7 @@ from ragkit.gfm.model import GNNRetriever, GraphModel, QueryGNN
 from ragkit.gfm.settings import GFMSettings
 from ragkit.gfm.state_dict import check_state, config_settings, default_settings, settings_of
 from ragkit.gfm.weights_file import CONFIG, PICKLED, SAFE, CheckpointError, find_files, read_config, read_tensors
+from ragkit.notes import note
 
 FORMAT = "ragkit.gfm"
 Kind = Literal["auto", "retriever", "link_prediction"]
@@ -107,7 +108,7 @@ def as_retriever(model: QueryGNN) -> GNNRetriever:
     retriever = GNNRetriever(model.settings).to(model.device)
     new, _ = retriever.load_state_dict(model.state_dict(), strict=False)
     retriever.encoder_info, retriever.new_parameters = model.encoder_info, list(new)
-    print(f"new (random) parameters, to be trained: {', '.join(new)}; all others are the pre-trained ones")
+    note(f"new (random) parameters, to be trained: {', '.join(new)}; all others are the pre-trained ones")
     return retriever
 
 

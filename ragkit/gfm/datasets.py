@@ -14,6 +14,7 @@ from ragkit.gfm.text_encoder import embed_relations
 from ragkit.gfm_config import GFMDatasets
 from ragkit.graph import KnowledgeGraph
 from ragkit.holding_out import hold_out
+from ragkit.notes import note
 
 SMALL_WORLD = "small_world"
 
@@ -160,7 +161,7 @@ def load_finetune_data(datasets: GFMDatasets, encoder: Any, seed: int, tests: bo
             kept, held_out = hold_out_questions(part.questions, datasets.valid_share, seed)
             train[name] = GraphQuestions(name, part.graph, part.questions.subset(kept))
             if not held_out:
-                print(
+                note(
                     f"{name}: no question is held out to choose the best model, since all share supporting documents "
                     "or are parts of others; datasets.valid_names can name other questions"
                 )
@@ -183,7 +184,7 @@ def _tell_shared(use: str, used: dict[str, GraphQuestions], test: dict[str, Grap
         theirs = {text for other in used.values() if other.graph is part.graph for text in other.questions.questions}
         shared = sum(text in theirs for text in part.questions.questions)
         if shared:
-            print(
+            note(
                 f"{name}: {shared} of {len(part.questions)} test questions are also used to {use}, so their scores "
                 "are not those of a test; see datasets.valid_names, test_names and their splits"
             )

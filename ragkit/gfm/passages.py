@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ragkit.graph import KnowledgeGraph
+from ragkit.notes import note
 from ragkit.rag.corpus import Passage, load_corpus
 
 
@@ -52,7 +53,7 @@ class GraphPassages:
         self._places = place_of[self.documents].tolist()
         self.without_passage = graph.num_documents - len(self.documents)
         if not self.ok:
-            print(self)
+            note(str(self))
 
     @property
     def ok(self) -> bool:

@@ -25,6 +25,7 @@ from ragkit.gfm.text_encoder import TextEncoder, encode, encoder_identity
 from ragkit.graph import KnowledgeGraph
 from ragkit.graph.names import Names
 from ragkit.graph.normalise import v1_name
+from ragkit.notes import note
 
 EMPTY = {
     "question_entities": "no question entity in the graph",
@@ -115,7 +116,7 @@ class QuestionSet:
         tensors, meta = cached(cache, "questions", key, lambda: _make(name, content, graph, encoder, v1_names))
         report = QuestionReport.from_json({**meta["report"], "source": name})
         if not report.ok:
-            print(report)
+            note(str(report))
         entities, support, documents = (Ragged(tensors[f"{c}.ptr"], tensors[f"{c}.ids"]) for c in FIELDS)
         embeddings = tensors["embeddings"]
         return cls(

@@ -14,6 +14,7 @@ from ragkit.gfm.layers import PNA_WIDTH
 from ragkit.gfm.model import GNNRetriever, QueryGNN
 from ragkit.gfm.settings import GFMSettings
 from ragkit.gfm.weights_file import CheckpointError
+from ragkit.notes import note
 
 # What GFM-RAG's entity model assumes where its config is silent.
 SILENT = {"message_func": "distmult", "aggregate_func": "sum", "short_cut": False, "activation": "relu"}
@@ -57,7 +58,7 @@ def default_settings(state: dict[str, Tensor], where: str) -> dict[str, Any]:
     if told:
         settings["aggregate_func"] = "pna"
     assumed = [f"{name} {value}" for name, value in settings.items() if not (told and name == "aggregate_func")]
-    print(f"{where}: no config beside it; its sizes are its tensors', {', '.join(assumed)} as in GFM-RAG's own files")
+    note(f"{where}: no config beside it; its sizes are its tensors', {', '.join(assumed)} as in GFM-RAG's own files")
     return settings
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ragkit.gfm.tensor_cache import cached, key_of
 from ragkit.gfm.text_encoder import TextEncoder, encode, encoder_identity
+from ragkit.notes import note
 from ragkit.rag.topk import top_k_rows
 
 CHUNK = 16_384  # texts that are encoded at once
@@ -86,7 +87,7 @@ class TextIndex:
     def _encode(self) -> Tensor:
         if self._count > TELL:
             kept = "" if self.cache is False else ", once; they are kept in the cache"
-            print(f"encoding {self._count:,} {self._kind}{kept}")
+            note(f"encoding {self._count:,} {self._kind}{kept}")
         rows: Tensor | None = None
         for start in range(0, self._count, CHUNK):
             texts = self._texts(start, min(start + CHUNK, self._count))

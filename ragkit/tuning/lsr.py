@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ragkit.config import ConfigError, LSRConfig
 from ragkit.engine import RunTrainer, TrainResult, run_training, training_arguments
 from ragkit.evaluation import EvaluationResult
+from ragkit.notes import note
 from ragkit.processes import is_first
 from ragkit.runs import Run, checkpoint_step
 from ragkit.tuning.candidates import Candidates, collate, collate_ids, score_scale
@@ -237,7 +238,7 @@ class LSRTrainer(SystemTrainer):
         if kept is None and is_first():  # under torchrun every process has made them, one writes
             save_rows(run.dir / FOLDER, key, rows, self.left_out, self.score_scale())
         if self.score_scale() != 1.0:
-            print(f"the retriever's scores are multiplied by {self.score_scale():.4g}, to spread as cosines do")
+            note(f"the retriever's scores are multiplied by {self.score_scale():.4g}, to spread as cosines do")
         warning = summarise_teacher(rows, self.config).warning
         if warning is not None:
             warnings.warn(warning, TeacherWarning, stacklevel=3)
@@ -327,7 +328,7 @@ class LSRTrainer(SystemTrainer):
         config, held = self.config, self._held_out
         if not held:
             if config.keep == "best" and config.valid_share is None:
-                print(f"{len(self.data)} questions: too few to hold some out, the last step's weights are kept")
+                note(f"{len(self.data)} questions: too few to hold some out, the last step's weights are kept")
             return None
         rows = None
         if not judged_by_passages(held):

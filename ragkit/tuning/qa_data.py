@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from ragkit import small_world
+from ragkit.notes import note
 
 # Our field names, with the names other kits and data sets give the same column; the first one present is taken.
 ALIASES: dict[str, tuple[str, ...]] = {
@@ -136,7 +137,7 @@ def load_qa(source: Any, columns: Mapping[str, str] | None = None, split: str | 
             examples.append((number, example))
     if skipped:
         shown = "; ".join(f"row {number}: {reason}" for number, reason in skipped[:3])
-        print(f"{name}: skipped {len(skipped)} of {len(rows)} rows ({shown}{'; ...' if len(skipped) > 3 else ''})")
+        note(f"{name}: skipped {len(skipped)} of {len(rows)} rows ({shown}{'; ...' if len(skipped) > 3 else ''})")
     if not examples:
         raise DataError(f"{name}: all {len(rows)} rows are empty (row 0: {skipped[0][1]})")
     return QAData(_unique(examples, name), name, skipped)

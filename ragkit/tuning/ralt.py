@@ -12,6 +12,7 @@ from torch import nn
 
 from ragkit.config import ConfigError, RALTConfig
 from ragkit.engine import RunTrainer, TrainResult, run_training, training_arguments
+from ragkit.notes import note
 from ragkit.prompts import PromptError
 from ragkit.rag.ensemble import passage_weights
 from ragkit.rag.scoring import check_pairs
@@ -119,7 +120,7 @@ class RALTTrainer(SystemTrainer):
             )
             if not rows:
                 raise DataError(message)
-            print(message)
+            note(message)
         return rows
 
     def _make_rows(self, data: QAData) -> tuple[list[RALTRow], list[tuple[str, str]]]:

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ragkit.lsr_config import LSRConfig
+from ragkit.notes import note
 from ragkit.processes import is_first
 from ragkit.tuning.candidates import Candidates
 from ragkit.tuning.qa_data import DataError, QAExample
@@ -71,10 +72,10 @@ def refresh_rows(
 def _report(old: Sequence[LSRRow], new: Sequence[LSRRow], scored: int, kept: Sequence[LSRRow], started: float) -> None:
     fresh = sum(len(set(b.passage_ids) - set(a.passage_ids)) for a, b in zip(old, new, strict=True))
     total = sum(len(row.passage_ids) for row in new)
-    note = f"; {len(kept)} questions keep theirs, too little was found (first: {kept[0].id})" if kept else ""
+    stay = f"; {len(kept)} questions keep theirs, too little was found (first: {kept[0].id})" if kept else ""
     seconds = time.perf_counter() - started
-    print(
-        f"candidates retrieved anew in {seconds:.1f} s: {fresh} of {total} are new, {scored} pairs were scored{note}"
+    note(
+        f"candidates retrieved anew in {seconds:.1f} s: {fresh} of {total} are new, {scored} pairs were scored{stay}"
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ragkit.config import LSRConfig
+from ragkit.notes import note
 from ragkit.processes import is_first
 from ragkit.rag.lm_digest import lm_digest
 from ragkit.tuning.qa_data import DataError, QAExample
@@ -61,7 +62,7 @@ def score_passages(
         with ScoreCache(folder, lm_digest(generator.model)) as cache:
             sums = _score(generator, prompts, responses, owners, names, config, cache, at_once)
         if cache.read and is_first():
-            print(f"{cache.read} LM scores were read from {cache.path}")
+            note(f"{cache.read} LM scores were read from {cache.path}")
     scores: list[list[float]] = [[] for _ in pairs]
     for owner, value, response in zip(owners, sums, responses, strict=True):
         scores[owner].append(value / len(response) if config.score == "mean_logprob" else value)

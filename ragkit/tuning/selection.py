@@ -25,6 +25,7 @@ from ragkit.evaluation import retrieval_values
 from ragkit.files import atomic_file
 from ragkit.holding_out import hold_out
 from ragkit.lsr_config import LSRConfig
+from ragkit.notes import note
 from ragkit.processes import is_first, world_size
 from ragkit.runs import Run, RunError
 from ragkit.tuning.candidates import collate
@@ -201,7 +202,7 @@ class Selection(TrainerCallback):
             trainer.model.load_state_dict(tensors)
             first = [e[f"eval_{self.metric}"] for e in self.run.events() if e.get(f"eval_{self.metric}") is not None]
             kept = Kept(best["step"], steps, self.metric, best["value"], first[0], self.questions)
-            print(f"kept the encoder of {kept}")
+            note(f"kept the encoder of {kept}")
             self.run.write_metrics({"kept_step": kept.step, f"kept_{self.metric}": kept.value})
         give_to_all(parameters)
         return kept

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from ragkit.config import LSRConfig
 from ragkit.files import atomic_dir, atomic_write_json
+from ragkit.notes import note
 from ragkit.prompts import PromptError
 from ragkit.rag.loading import digests
 from ragkit.tuning.lsr_objective import LOG_SCORE
@@ -88,7 +89,7 @@ def build_rows(
     rows = make_rows(pairs, teacher_scores(system.generator, pairs, config, teacher))
     if not callable(teacher):
         count = sum(len(row.lm_scores) for row in rows)
-        print(f"scored {count} (question, passage) pairs with the LM in {time.perf_counter() - started:.1f} s")
+        note(f"scored {count} (question, passage) pairs with the LM in {time.perf_counter() - started:.1f} s")
     return (shuffle_scores(rows, config.train.seed) if teacher == "shuffled" else rows), left_out
 
 

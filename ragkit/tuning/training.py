@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from torch import nn
 
 from ragkit.evaluation import EvaluationResult, evaluate
+from ragkit.notes import note
 from ragkit.runs import Run
 from ragkit.tuning.qa_data import DataError, QAData, QAExample, load_qa
 
@@ -130,7 +131,7 @@ class SystemTrainer(ABC):
         message = f"{len(self.left_out)} of {len(self.data)} questions cannot be trained on ({shown}{more})"
         if not used:
             raise DataError(message)
-        print(message)
+        note(message)
 
 
 @contextmanager
