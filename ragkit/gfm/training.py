@@ -46,6 +46,7 @@ class GFMTraining(ABC, Generic[M, C]):
         model: The model; trained in place. After `train` it has the weights of the best evaluation.
         encoder: The text encoder of questions and relations.
         run: The run folder; None until training starts. Its `model/` is the best model so far, in our format.
+        callbacks: `transformers.TrainerCallback`s that each training is given.
     """
 
     model: M
@@ -55,6 +56,7 @@ class GFMTraining(ABC, Generic[M, C]):
         self.encoder = encoder
         self.run = run
         self.trainer: RunTrainer | None = None
+        self.callbacks: list[TrainerCallback] = []
         self._check_metric(self.config.train.watched_metric.rpartition("/")[2], self.metric_names)
 
     # ---- what the two differ in ----
@@ -127,7 +129,7 @@ class GFMTraining(ABC, Generic[M, C]):
             run,
             evaluate_fn=self._evaluate if evaluates else None,
             train_dataset=loader.dataset,
-            callbacks=[best] if evaluates else [],
+            callbacks=[*([best] if evaluates else []), *self.callbacks],
         )
         trainer.loader, self.trainer = loader, trainer
         self.model.train()
