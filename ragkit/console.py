@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from ragkit.notes import Listener, listen
 from ragkit.runs import Run
 
 Out = Callable[[str], None]
@@ -37,21 +38,11 @@ def silence_libraries() -> None:
 @contextmanager
 def step_lines(out: Out, lines: int = 10) -> Iterator[None]:
     """While a training runs, prints about `lines` of its steps."""
-    handler = _StepHandler(out, lines)
-    logger = logging.getLogger("ragkit")
-    level, propagate = logger.level, logger.propagate
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    try:
+    with listen(_StepHandler(out, lines)):
         yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-        logger.propagate = propagate
 
 
-class _StepHandler(logging.Handler):
+class _StepHandler(Listener):
     """Turns the engine's log record of a step into a line; other messages of ragkit are shown as they are."""
 
     def __init__(self, out: Out, lines: int):

@@ -90,13 +90,13 @@ def hold(folder: Path, facts: dict[str, Any] | None = None) -> Iterator[Hold]:
         locked = _lock_in_time(handle)
         before = read_record(folder)
         if locked is False or (locked is None and _process_lives(before)):
-            raise BusyError(f"{_who(before)} works on it since {before.get('began', 'a moment ago')}")
+            raise BusyError(f"{_who(before)} works on it")
         record = {
             "state": "running",
             "pid": os.getpid(),
-            "created": _created(os.getpid()),
+            "created": created(os.getpid()),
             "host": socket.gethostname(),
-            "began": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "began": time.time(),
             "program": _program(),
             "locked": locked is True,
             **(facts or {}),
@@ -144,11 +144,10 @@ def _process_lives(record: dict[str, Any]) -> bool:
         return False
     if record.get("host") != socket.gethostname():
         return True
-    created = _created(int(record["pid"]))
-    return created is not None and (record.get("created") is None or abs(created - record["created"]) < 2.0)
+    return is_process(record["pid"], record.get("created"))
 
 
-def _created(pid: int) -> float | None:
+def created(pid: int) -> float | None:
     """When a process was created (seconds); None if there is none of this number."""
     psutil = require("psutil")
     try:
@@ -156,6 +155,12 @@ def _created(pid: int) -> float | None:
         return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
     except psutil.Error:
         return None
+
+
+def is_process(pid: int | None, when: float | None) -> bool:
+    """Whether the process of a number and a creation time lives; a number alone may be another program's by now."""
+    now = created(pid) if pid else None
+    return now is not None and (when is None or abs(now - when) < 2.0)
 
 
 def _program() -> str:

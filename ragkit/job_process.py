@@ -1,0 +1,44 @@
+"""The process that stands over a job: starts the command, waits for it, and writes down how it ended.
+
+`python -m ragkit.job_process runs/NAME.job/job.json` is started by `ragkit.jobs.Job` in a session of its own, so that
+the command outlives the notebook, and whoever comes later can read its exit status.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from ragkit.files import atomic_write_json
+from ragkit.run_state import created
+
+
+def main(path: Path) -> int:
+    """Runs the command of a `job.json`, and adds to it: pid, child, when both were created, and exit."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            # They are meant for the command; we stay to see how it ends. "Ignore" would be inherited, this is not.
+            signal.signal(getattr(signal, name), lambda number, frame: None)
+    pid = os.getpid()
+    record |= {"pid": pid, "created": created(pid), "child": None, "child_created": None, "exit": None}
+    atomic_write_json(path, record)
+    try:
+        child = subprocess.Popen(record["arguments"], stdin=subprocess.DEVNULL)
+    except OSError as error:
+        print(f"ragkit: the command cannot be started: {error}", flush=True)
+        atomic_write_json(path, {**record, "exit": 2})
+        return 2
+    record |= {"child": child.pid, "child_created": created(child.pid)}
+    atomic_write_json(path, record)
+    record["exit"] = child.wait()
+    atomic_write_json(path, record)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,392 @@
+"""A training command in a process of its own: it goes on when the notebook is closed, and is found again later.
+
+Beside the run folder `runs/NAME` stands `runs/NAME.job`: the settings that the command was started with, its output
+(`log.txt`), and `job.json` with its process and how it ended.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ragkit.commands import COMMANDS, command_of
+from ragkit.config import Config, ConfigError, load_config
+from ragkit.files import atomic_write_json, atomic_write_text
+from ragkit.optional import require
+from ragkit.run_state import EventReader, RunState, is_process, state_of
+from ragkit.runs import Run, RunError, check_name
+
+TRAININGS = ("lsr", "ralt", "gfm-pretrain", "gfm-finetune")
+GRACE = 10.0  # seconds until a request to end is repeated more firmly
+STARTING = 30.0  # seconds that a process may take to say its number
+TAIL = 65536  # bytes of the log that are looked at
+
+
+class Job:
+    """A training command in a process of its own. Make one with `Job.start`, find one again with `Job.attach`.
+
+    Attributes:
+        run: The run folder that it writes (it may not be there yet).
+        folder: `NAME.job` beside it: settings, output and `job.json`.
+        events: The run's events as far as they were read.
+    """
+
+    def __init__(self, run_dir: str | Path) -> None:
+        self.run = Run(Path(run_dir).absolute())
+        self.folder = self.run.dir.with_name(f"{self.run.name}.job")
+        self.events = EventReader(self.run.events_path)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._asked: float | None = None  # when it was asked to end by a signal
+        self._signals = 0
+        self._seen = self.run.config_path.is_file()
+
+    def __repr__(self) -> str:
+        return f"Job({str(self.run.dir)!r}, {self.status()})"
+
+    # ---- start, find, go on ----
+
+    @classmethod
+    def start(cls, config: Config, processes: int = 1) -> Job:
+        """Starts `python -m ragkit COMMAND` with these settings.
+
+        Args:
+            config: Settings of a training command. Where they have no name, the run is given one now.
+            processes: Processes on this machine; more than one are started by torchrun.
+
+        Raises:
+            RunError: The settings are not those of a training, there is a run of that name, or the folder cannot be
+                written.
+        """
+        command = training_of(config)
+        values: Any = config
+        if processes < 1:
+            raise RunError(f"processes: found {processes}, expected 1 or more")
+        if values.resume is not None:
+            job = cls.attach(values.resume)
+            job.resume(processes)
+            return job
+        root = Path(values.output_dir)
+        try:
+            job = cls(_reserve(root, type(config).__name__.removesuffix("Config").lower(), values.name))
+            settings = values.model_copy(update={"name": job.run.name})
+            atomic_write_text(job.folder / "settings.yaml", settings.to_yaml())
+            job._launch(command, [str(job.folder / "settings.yaml")], processes)
+        except OSError as error:
+            raise RunError(
+                f"the run cannot be started: {error}. Its folder is made in output_dir ({root}); choose one that you "
+                "may write to and that has room"
+            ) from error
+        return job
+
+    @classmethod
+    def attach(cls, run_dir: str | Path) -> Job:
+        """Finds a run again, whoever started it.
+
+        Raises:
+            RunError: There is no such run, and none is being started.
+        """
+        job = cls(run_dir)
+        if not job.folder.is_dir():
+            Run.open(job.run.dir)  # says what is missing
+        return job
+
+    def resume(self, processes: int | None = None) -> None:
+        """Goes on with the run in a new process, from its last checkpoint.
+
+        Args:
+            processes: As for `start`; None: as many as before.
+
+        Raises:
+            RunError: It is still running, or there is nothing that a command could go on with.
+        """
+        if self.alive or self.status().name == "running":
+            raise RunError(f'the run "{self.run.dir}" is still running; stop it before you go on with it')
+        command, reason = self.resumable()
+        if command is None:
+            raise RunError(reason)
+        self.run.clear_stop()  # an old request; one that is made from now on is obeyed
+        self._launch(command, [f"resume={self.run.dir}"], processes or int(self.record().get("processes") or 1))
+
+    def resumable(self) -> tuple[str | None, str]:
+        """(command that can go on with the run, "") or (None, why there is none)."""
+        if not self.run.config_path.is_file():
+            return None, f'there is no run folder "{self.run.dir}" to go on with; start a new run'
+        facts = self.run.state().facts
+        if not self.record() and facts.get("program") != "ragkit":
+            # Its system was made by somebody's own code, which the settings do not tell of.
+            return None, (
+                f'the run "{self.run.dir}" was trained by Python code, not by a command, so its model is not known '
+                f'here. Make the trainer again with run=Run.open("{self.run.dir}"), and press Resume in '
+                "RunPanel(trainer), or call trainer.train(resume=True)"
+            )
+        command = command_of_run(self.run, self.record())
+        if command is None:
+            return None, f"{self.run.config_path} has no settings of a training command; start a new run"
+        return command, ""
+
+    def _launch(self, command: str, arguments: list[str], processes: int) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "stop").unlink(missing_ok=True)
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        whole = [sys.executable, *(launcher if processes > 1 else []), "-m", "ragkit", command, *arguments]
+        cwd = self.record().get("cwd") or os.getcwd()  # the settings' paths are relative to it
+        record = {
+            "kind": command,
+            "arguments": whole,
+            "processes": processes,
+            "cwd": cwd,
+            "started": time.time(),
+            "pid": None,
+            "exit": None,
+        }
+        path = atomic_write_json(self.folder / "job.json", record)
+        self._asked, self._signals = None, 0
+        environment = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
+        environment["PYTHONUNBUFFERED"] = "1"
+        options: dict[str, Any] = {"start_new_session": True}
+        if sys.platform == "win32":
+            options = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+        with (self.folder / "log.txt").open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "ragkit.job_process", str(path)],
+                cwd=cwd,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                **options,
+            )
+
+    # ---- how it stands ----
+
+    def record(self) -> dict[str, Any]:
+        """The content of `job.json`; empty for a run that was not started as a job."""
+        try:
+            record = json.loads((self.folder / "job.json").read_text(encoding="utf-8"))
+            return record if isinstance(record, dict) else {}
+        except (OSError, ValueError):
+            return {}
+
+    @property
+    def alive(self) -> bool:
+        """Whether its process is there."""
+        if self._process is not None and self._process.poll() is None:
+            return True
+        return bool(self._roots(self.record()))
+
+    def _roots(self, record: dict[str, Any]) -> list[int]:
+        """The process that stands over the command, and the command's own, as far as they live."""
+        if record and record.get("exit") is None and record.get("pid") is None and self._process is None:
+            return [0] if time.time() - record.get("started", 0) < STARTING else []  # it has not said its number yet
+        pairs = (("pid", "created"), ("child", "child_created"))
+        return [record[pid] for pid, when in pairs if is_process(record.get(pid), record.get(when))]
+
+    def pids(self) -> list[int]:
+        """The numbers of all its processes."""
+        psutil = require("psutil")
+        found: dict[int, None] = dict.fromkeys(pid for pid in self._roots(self.record()) if pid)
+        facts = self.run.state().facts if self.run.dir.is_dir() else {}
+        if is_process(facts.get("pid"), facts.get("created")):
+            found[facts["pid"]] = None
+        for pid in list(found):
+            with suppress(psutil.Error):
+                found.update(dict.fromkeys(child.pid for child in psutil.Process(pid).children(recursive=True)))
+        return list(found)
+
+    def status(self) -> RunState:
+        """How the run stands, as `Run.state`, and also "starting" (nothing is trained yet) and "ending" (scoring)."""
+        state = state_of(self.run.dir, self.events)
+        alive, record = self.alive, self.record()
+        there = state.name != "missing"
+        self._seen = self._seen or there
+        if not there and self._seen:
+            return state
+        if alive:
+            name = {"running": "running"}.get(state.name, "starting")
+            if state.name in ("finished", "stopped", "failed") and self._began_after_start(state, record):
+                name = "ending"
+            return _as(state, name)
+        if not record or state.name == "running":  # another's training; or its guardian alone was killed
+            return state
+        if record.get("exit") == 0 and there:
+            return state
+        if (self.folder / "stop").exists() and not self._began_after_start(state, record):
+            return _as(state, "stopped")
+        if record.get("exit") is None:
+            return _as(state, "interrupted")
+        return _as(state, *self._why(state, int(record["exit"])))
+
+    @staticmethod
+    def _began_after_start(state: RunState, record: dict[str, Any]) -> bool:
+        """Whether the state is of this process's training, not of one before."""
+        return float(state.facts.get("began") or 0.0) >= float(record.get("started") or 0.0)
+
+    def _why(self, state: RunState, status: int) -> tuple[str, str | None]:
+        """(state, error) of a command that ended with a status other than 0."""
+        if status == 130:  # Ctrl-C
+            return ("stopped" if state.name == "stopped" else "interrupted"), None
+        if status < 0:
+            name = signal.Signals(-status).name if -status in list(signal.Signals) else f"signal {-status}"
+            more = ": the machine may have run out of memory" if name == "SIGKILL" else ""
+            return "interrupted", f"its process was ended from outside ({name}){more}"
+        return "failed", state.error or self._error_line() or f"the command ended with status {status}"
+
+    def _error_line(self) -> str | None:
+        """The line of the log that says what went wrong."""
+        lines = [line for line in self.log(200) if line.strip()]
+        ours = next((line for line in reversed(lines) if line.startswith("ragkit: ")), None)
+        return ours.removeprefix("ragkit: ") if ours else (lines[-1].strip() if lines else None)
+
+    def log(self, lines: int = 20) -> list[str]:
+        """The last lines of what the command said."""
+        try:
+            with (self.folder / "log.txt").open("rb") as file:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
+                text = file.read().decode("utf-8", errors="replace")
+        except OSError:
+            return []
+        return text.splitlines()[-lines:]
+
+    # ---- stop ----
+
+    def stop(self) -> None:
+        """Asks it to end: the training with a checkpoint after its step, anything before or after it at once.
+
+        Call it again and again while the job lives: where a signal did not help, it is given a stronger one.
+        """
+        if not self.alive:
+            if self.status().name == "running":
+                self.run.request_stop()
+            return
+        status = self.status()
+        if status.name == "running" or (status.name == "starting" and self.run.config_path.is_file()):
+            # A resumed training forgets requests that were there before it.
+            if not self.run.stop_requested:
+                self.run.request_stop()
+            return
+        with suppress(OSError):
+            (self.folder / "stop").touch()
+        if self._asked is not None and time.monotonic() - self._asked < GRACE:
+            return
+        self._asked = time.monotonic()
+        self._signal((signal.SIGINT, signal.SIGTERM)[self._signals] if self._signals < 2 else _KILL)
+        self._signals += 1
+
+    def kill(self) -> None:
+        """Ends all its processes at once; what was trained since the last checkpoint is lost."""
+        self._send(self.pids(), _KILL)
+
+    def _signal(self, number: int) -> None:
+        record = self.record()
+        pids = self.pids()
+        # torchrun passes the signal on to its processes itself, and waits for them.
+        if number != _KILL and record.get("child") in pids:
+            pids = [record["child"]]
+        self._send(pids, number)
+
+    @staticmethod
+    def _send(pids: Iterable[int], number: int) -> None:
+        for pid in pids:
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, number)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Waits for its end; False if it still lives after `timeout` seconds."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while self.alive:
+            if deadline is not None and time.monotonic() > deadline:
+                return False
+            time.sleep(0.1)
+        return True
+
+
+_KILL: int = getattr(signal, "SIGKILL", signal.SIGTERM)
+
+
+def training_of(config: Config) -> str:
+    """The training command whose settings these are.
+
+    Raises:
+        RunError: They are those of something else.
+    """
+    command = next((name for name, (kind, _) in COMMANDS.items() if type(config) is kind), None)
+    if command not in TRAININGS:
+        kinds = ", ".join(COMMANDS[name][0].__name__ for name in TRAININGS)
+        raise RunError(f"found {type(config).__name__}, expected the settings of a training: {kinds}")
+    return command
+
+
+def command_of_run(run: Run, record: dict[str, Any] | None = None) -> str | None:
+    """The command that a run folder is of; None if its settings are those of none."""
+    if record and record.get("kind") in TRAININGS:
+        return record["kind"]
+    for command in TRAININGS:
+        with suppress(ConfigError, OSError):
+            config = load_config(COMMANDS[command][0], run.config_path)
+            if set(config.model_dump()) == set(run.config()):
+                return command_of(config)
+    return None
+
+
+def latest(root: str | Path = "runs", command: str | None = None) -> Path | None:
+    """The run that was begun last, with those that are just being started; None if there is none.
+
+    Args:
+        root: Folder that holds the run folders.
+        command: Only runs of this command ("lsr", ...); None: of any.
+    """
+    found: list[tuple[float, Path]] = []
+    root = Path(root)
+    for path in root.iterdir() if root.is_dir() else []:
+        if path.name.endswith(".job") and (path / "job.json").is_file():
+            job = Job(path.with_name(path.name.removesuffix(".job")))
+            if not job.run.dir.exists() and job.alive and command in (None, job.record().get("kind")):
+                found.append((float(job.record().get("started", 0.0)), job.run.dir))
+        elif (path / "config.yaml").is_file():
+            run = Run(path)
+            if command is None or command_of_run(run, Job(path).record()) == command:
+                when = max(file.stat().st_mtime for file in (run.config_path, path / "state.json") if file.exists())
+                found.append((when, path))
+    return max(found)[1] if found else None
+
+
+def _reserve(root: Path, kind: str, name: str | None) -> Path:
+    """Makes the folder of a job, and returns that of its run, which is still to be made."""
+    root.mkdir(parents=True, exist_ok=True)
+    if name is not None:
+        path = root / check_name(name)
+        job = path.with_name(f"{name}.job")
+        if path.exists():
+            raise RunError(
+                f'there is a run "{path}" already; choose another name (or leave name empty), or go on with that run: '
+                f'RunPanel.attach("{path}")'
+            )
+        if job.exists():  # of a run that was deleted, or never came so far
+            if Job(path).alive:
+                raise RunError(f'a run "{path}" is being started already; watch it with RunPanel.attach("{path}")')
+            shutil.rmtree(job)
+        job.mkdir()
+        return path
+    stem = f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for number in range(1, 10_000):
+        path = root / (stem if number == 1 else f"{stem}-{number}")
+        if path.exists():
+            continue
+        with suppress(FileExistsError):
+            path.with_name(f"{path.name}.job").mkdir()
+            return path
+    raise RunError(f'"{root}" holds too many runs named {stem}')
+
+
+def _as(state: RunState, name: str, error: str | None = None) -> RunState:
+    """The state under another name."""
+    return RunState(name, state.step, state.total, error, state.facts)
