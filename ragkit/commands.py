@@ -100,8 +100,16 @@ def tune(config: LSRConfig | RALTConfig, out: Out) -> int:
 
 
 def command_of(config: Config) -> str:
-    """The command whose settings these are."""
-    return next(name for name, (kind, _) in COMMANDS.items() if type(config) is kind)
+    """The command whose settings these are.
+
+    Raises:
+        CommandError: They are no command's.
+    """
+    for name, (kind, _) in COMMANDS.items():
+        if type(config) is kind:
+            return name
+    kinds = ", ".join(kind.__name__ for kind, _ in COMMANDS.values())
+    raise CommandError(f"found settings of class {type(config).__name__}, which no command takes; expected {kinds}")
 
 
 def parameter_counts(system: RAGSystem, config: LSRConfig | RALTConfig) -> tuple[int, int]:
@@ -202,6 +210,27 @@ COMMANDS: dict[str, tuple[type[Config], Callable[[Any, Out], int]]] = {
     "gfm-finetune": (GFMFinetuneConfig, finetune_command),
     "gfm-evaluate": (GFMEvaluateConfig, evaluate_gfm_command),
 }
+
+
+def run(config: Config, out: Out = print) -> int:
+    """Runs the command of these settings: what `python -m ragkit COMMAND` does, from Python.
+
+    Args:
+        config: Settings of a command, for example an `LSRConfig`; they are not changed.
+        out: Takes each line that is shown.
+
+    Returns:
+        The exit status: 0, or 130 after Ctrl-C. What is wrong with the settings or the data is raised.
+
+    Raises:
+        CommandError: No command takes settings of this class.
+    """
+    _, command = COMMANDS[command_of(config)]
+    silence_libraries()
+    try:
+        return command(config.model_copy(deep=True), out if processes.is_first() else _say_nothing)
+    finally:
+        processes.leave()
 
 
 # ---- the command line ----
