@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import signal
 import subprocess
 import sys
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 
 from ragkit.config import LSRConfig, load_config
+from ragkit.run_state import EventReader, read_record
 from ragkit.runs import CHECKPOINT_MARKER, Run, RunError, check_name, checkpoint_is_complete, mark_complete
 
 
@@ -216,3 +219,112 @@ def test_old_and_later_checkpoints_are_dropped(run):
     (run.checkpoints_dir / "checkpoint-9").mkdir()
     run.drop_checkpoints_after(2)
     assert [path.name for path in run.checkpoints_dir.iterdir()] == ["checkpoint-2"]
+
+
+# ---- who works on it, and how it stands ----
+
+
+def test_how_a_run_stands(run, tmp_path):
+    assert run.state().name == "new" and Run(tmp_path / "none").state().name == "missing"
+    with run.hold(device="cpu") as held:
+        run.log({"step": 3, "total": 10, "loss": 1.0})
+        state = run.state()
+        assert (state.name, state.step, state.total, state.facts["device"]) == ("running", 3, 10, "cpu")
+        assert state.facts["pid"] == os.getpid() and state.facts["program"] == "python"
+        assert str(state) == "running at step 3 of 10"
+        held.end("stopped")
+    assert run.state().name == "stopped"
+    with pytest.raises(ValueError, match="broken"), run.hold():
+        raise ValueError("broken\n  here")
+    assert run.state().name == "failed" and run.state().error == "broken here"
+    with pytest.raises(KeyboardInterrupt), run.hold():
+        raise KeyboardInterrupt
+    assert run.state().name == "interrupted" and run.state().error is None
+
+
+def test_only_one_works_on_a_run(run):
+    with run.hold():
+        with pytest.raises(RunError, match="another training of this process works on it. Watch it with"), run.hold():
+            pytest.fail("held twice")
+        code = f"from ragkit.runs import Run\nwith Run({str(run.dir)!r}).hold(): pass"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+        assert f"the process {os.getpid()} on" in done.stderr
+        assert run.state().name == "running"  # the refused ones changed nothing
+    with run.hold() as held:
+        held.end("finished")
+    assert run.state().name == "finished"
+
+
+def test_a_killed_process_lets_go_of_its_run(run):
+    code = f"""
+import time
+from ragkit.runs import Run
+with Run({str(run.dir)!r}).hold():
+    print("held", flush=True)
+    time.sleep(60)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    assert run.state().name == "running" and run.state().facts["pid"] == process.pid
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert run.state().name == "interrupted"
+
+
+@pytest.mark.parametrize("host", ["here", "elsewhere"])
+def test_where_the_file_system_has_no_locks_the_process_is_looked_for(run, monkeypatch, host):
+    from ragkit import run_state
+
+    monkeypatch.setattr(run_state, "try_lock", lambda handle: None)
+    monkeypatch.setattr(run_state, "is_locked", lambda path: None)
+    with run.hold():
+        assert run.state().name == "running"
+        with pytest.raises(RunError, match="works on it"), run.hold():
+            pass
+    record = read_record(run.dir)
+    assert record["locked"] is False
+    record |= {"pid": 2**22 + 1, "state": "running"}  # no such process
+    if host == "elsewhere":
+        record["host"] = "another machine"  # whose processes cannot be seen
+    (run.dir / "state.json").write_text(json.dumps(record))
+    assert run.state().name == ("interrupted" if host == "here" else "running")
+    if host == "here":
+        record |= {"pid": os.getpid(), "created": record["created"] - 60}  # its number is another program's now
+        (run.dir / "state.json").write_text(json.dumps(record))
+        assert run.state().name == "interrupted"
+
+
+def test_how_an_old_run_without_a_state_file_stands(run):
+    run.log({"step": 3, "total": 10, "loss": 1.0})
+    assert run.state().name == "interrupted"
+    run.write_metrics({"stopped": True})
+    assert run.state().name == "stopped"
+    run.write_metrics({"stopped": False})
+    assert run.state().name == "finished"
+    (run.dir / "state.json").write_text('{"state": "fin')  # half of one
+    assert run.state().name == "finished"
+    run.metrics_path.write_text("{")
+    run.log({"step": 4, "total": 10, "error": "nan"})
+    assert run.state().name == "failed" and run.state().error == "nan" and run.state().step == 3
+
+
+def test_events_are_read_bit_by_bit(run):
+    reader = EventReader(run.events_path)
+    assert not reader.read() and reader.step == 0 and reader.total is None and reader.last("loss") is None
+    for step in (1, 2):
+        run.log({"step": step, "total": 9, "loss": float(step)})
+    assert reader.read() and reader.step == 2 and reader.total == 9 and reader.last("loss") == 2.0
+    assert not reader.read()
+    with run.events_path.open("ab") as file:
+        file.write(b'{"step": 3, "lo')
+    assert not reader.read() and reader.step == 2
+    with run.events_path.open("ab") as file:
+        file.write(b'ss": 3.0}\nnonsense\n[1]\n')
+    assert reader.read() and reader.step == 3 and reader.bad == 2 and len(reader.events) == 3
+    run.events_path.write_text('{"step": 1, "total": 9, "loss": 1.0}\n')
+    assert reader.read() and len(reader.events) == 1 and reader.bad == 0
+    run.truncate_events(0)  # a new file, as large as before it was written
+    run.log({"step": 1, "total": 9, "loss": 5.0})
+    assert reader.read() and reader.last("loss") == 5.0
+    assert reader.events == run.events()

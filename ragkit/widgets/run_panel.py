@@ -342,7 +342,7 @@ class RunPanel(StaticBox):
             error = getattr(self._work, "error", None)
             if error is not None and self._state == "failed":
                 raise error
-            raise RunError(self._message) from error
+            raise RunError(self._sentence()) from error
         return self.result
 
     # ---- why a button is off ----
@@ -376,7 +376,7 @@ class RunPanel(StaticBox):
     def _check_form(self) -> None:
         errors = list(self._form.errors) if self._form is not None else []
         if errors:
-            fields = "; ".join(f"{problem.field}: {problem.message}" for problem in errors[:5])
+            fields = "; ".join(str(problem) for problem in errors[:5])
             raise RunError(f"not started: the form has {_count(len(errors), 'wrong field')}: {fields}")
 
     def _click(self, act: Callable[[], None]) -> None:

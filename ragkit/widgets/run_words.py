@@ -58,10 +58,8 @@ def message_of(state: str, work: Any, status: RunState, can_resume: str) -> str:
 
 def _starting(work: Any) -> str:
     if _in_thread(work):
-        return "Starting: " + _sentence(work.phase or "preparing the rows that are trained on")
-    return (
-        "Starting: a process of its own loads the models, and scores the system as it is. The log shows how far it is."
-    )
+        return "Starting: " + (work.phase or "preparing the training") + "."
+    return "Starting: a process of its own loads the models and scores the system as it is; its log is below."
 
 
 def _failed(status: RunState, run: Run, can_resume: str) -> str:

@@ -48,7 +48,6 @@ class ThreadRun:
         self.events = EventReader(Path("events.jsonl"))
         self._lines: deque[str] = deque(maxlen=500)
         self._thread: threading.Thread | None = None
-        self._begun = False  # the training itself, in this kernel
         if trainer.run is not None:
             self._use(trainer.run)
 
@@ -67,7 +66,8 @@ class ThreadRun:
         """
         self._must_be_idle()
         config = self.trainer.config
-        if self.trainer.run is None or self.trainer.run.events():
+        run = self.trainer.run
+        if run is None or not run.config_path.is_file() or run.events():
             try:
                 self.trainer.run = Run.create(config, config.output_dir, config.name)
             except OSError as error:
@@ -114,7 +114,7 @@ class ThreadRun:
     # ---- in the thread ----
 
     def _go(self, resume: bool) -> None:
-        self.result, self.error, self._begun = None, None, False
+        self.result, self.error = None, None
         self._thread = threading.Thread(target=self._work, args=(resume,), name="ragkit training", daemon=True)
         self._thread.start()
 
@@ -126,8 +126,7 @@ class ThreadRun:
                 self._score("before", run)
                 if run.stop_requested and not resume:
                     return  # asked while it scored: nothing is trained
-                self.phase = "training"
-                self._begun = True
+                self.phase = "preparing the rows that are trained on"
                 self.result = self.trainer.train(resume=resume)
                 if not self.result.stopped:
                     self._score("after", run)
@@ -183,7 +182,7 @@ class ThreadRun:
     def _sentence(self) -> str:
         assert self.error is not None
         ours = explain(self.error) if isinstance(self.error, Exception) else None
-        return ours or f"{type(self.error).__name__}: {one_line(self.error)}"
+        return " ".join(ours.split()) if ours else f"{type(self.error).__name__}: {one_line(self.error)}"
 
     def log(self, lines: int = 20) -> list[str]:
         """The last lines that the training said."""
@@ -192,7 +191,8 @@ class ThreadRun:
 
 def of_this_kernel(run_dir: str | Path) -> ThreadRun | None:
     """The trainer of this kernel that works, or worked, on a run."""
-    return _here.get(str(Path(run_dir).absolute()))
+    found = _here.get(str(Path(run_dir).absolute()))
+    return found if found is not None and (found.alive or found.status().name != "missing") else None
 
 
 # ---- a thread must not print ----

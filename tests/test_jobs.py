@@ -1,0 +1,262 @@
+"""Jobs: real commands in processes of their own, on a corpus of twelve passages and a random two-layer LM."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from ragkit.config import EvaluateConfig, LSRConfig, RALTConfig
+from ragkit.jobs import Job, command_of_run, latest
+from ragkit.run_state import is_process
+from ragkit.runs import Run, RunError
+
+CAPITALS = {"Peru": "Lima", "Ghana": "Accra", "Norway": "Oslo", "Japan": "Tokyo", "Kenya": "Nairobi", "Fiji": "Suva"}
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch, tiny_lm, tokenizer):
+    """A working folder with a corpus, questions and an LM; and RALT's settings for them, as a function."""
+    passages = [{"id": c, "title": c, "text": f"{capital} is the capital of {c}."} for c, capital in CAPITALS.items()]
+    passages += [{"id": f"{c} food", "text": f"The markets of {c} sell fish, rice and fruit."} for c in CAPITALS]
+    rows = [
+        {"id": c, "question": f"What is the capital of {c}?", "answer": capital, "supporting_facts": [c]}
+        for c, capital in CAPITALS.items()
+    ]
+    for name, content in (("corpus", passages), ("train", rows), ("test", rows[:3])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    tiny_lm.save_pretrained(tmp_path / "lm")
+    tokenizer.save_pretrained(tmp_path / "lm")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def settings(steps=400, **changes):
+        train = {"max_steps": steps, "batch_size": 2, "num_threads": 1, "save_steps": 10, **changes.pop("train", {})}
+        data = {"corpus": "corpus.jsonl", "train": "train.jsonl", "test": "test.jsonl"}
+        rag = {"generator": "lm", "max_new_tokens": 2, "device": "cpu"}
+        return RALTConfig(train=train, data={**data, **changes.pop("data", {})}, rag=rag, **changes)
+
+    return settings
+
+
+@pytest.fixture
+def jobs():
+    """Jobs of a test, none of which outlives it."""
+    made = []
+    yield made
+    for job in made:
+        if job.alive:
+            job.kill()
+            job.wait(20)
+
+
+def until(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never came so far"
+        time.sleep(0.05)
+
+
+def losses(run):
+    return [event["loss"] for event in run.events() if event.get("loss") is not None]
+
+
+# ---- without a training ----
+
+
+def test_settings_that_are_no_training(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RunError, match="found EvaluateConfig, expected the settings of a training"):
+        Job.start(EvaluateConfig())
+    with pytest.raises(RunError, match="processes: found 0"):
+        Job.start(LSRConfig(), processes=0)
+    with pytest.raises(RunError, match="cannot be the name of a run"):
+        Job.start(LSRConfig(name="a/b"))
+    Run.create(LSRConfig(), "runs", "a")
+    with pytest.raises(RunError, match="there is a run .* already; choose another name"):
+        Job.start(LSRConfig(name="a"))
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["a"]
+
+
+def test_a_folder_that_cannot_be_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="choose one that you may write to"):
+        Job.start(LSRConfig(output_dir="file/runs"))
+
+
+def test_a_run_that_no_job_made(tmp_path):
+    with pytest.raises(RunError, match="there is no run folder"):
+        Job.attach(tmp_path / "none")
+    run = Run.create(LSRConfig(), tmp_path, "a")
+    job = Job.attach(run.dir)
+    assert not job.alive and job.status().name == "new" and job.log() == [] and job.pids() == []
+    assert command_of_run(run) == "lsr" and command_of_run(Run.create(RALTConfig(), tmp_path, "b")) == "ralt"
+    with pytest.raises(RunError, match="trained by Python code, not by a command"):
+        job.resume()
+    Run.create(EvaluateConfig(), tmp_path, "c")
+    assert command_of_run(Run(tmp_path / "c")) is None
+
+
+def test_a_number_that_is_another_process_now(tmp_path):
+    run = Run.create(LSRConfig(), tmp_path, "a")
+    (tmp_path / "a.job").mkdir()
+    record = {"kind": "lsr", "pid": os.getpid(), "created": 1.0, "exit": None, "started": time.time()}
+    (tmp_path / "a.job" / "job.json").write_text(json.dumps(record))
+    job = Job.attach(run.dir)
+    assert not job.alive and job.pids() == [] and job.status().name == "interrupted"
+    job.kill()  # nobody
+
+
+def test_the_line_that_says_what_went_wrong(tmp_path):
+    job = Job(tmp_path / "a")
+    job.folder.mkdir()
+    (job.folder / "log.txt").write_text("x\nragkit: no such corpus\nE1126 the launcher's own lines\n\n")
+    (job.folder / "job.json").write_text(json.dumps({"kind": "lsr", "exit": 2, "pid": 1, "created": 1.0}))
+    state = job.status()
+    assert (state.name, state.error) == ("failed", "no such corpus")
+    (job.folder / "log.txt").write_text("Traceback\n  here\nKeyError: 'x'\n")
+    assert job.status().error == "KeyError: 'x'"
+    (job.folder / "job.json").write_text(json.dumps({"kind": "lsr", "exit": -9, "pid": 1, "created": 1.0}))
+    assert job.status().name == "interrupted" and "run out of memory" in job.status().error
+
+
+# ---- with one ----
+
+
+@pytest.mark.slow
+def test_a_command_that_fails_at_once(own, jobs):
+    job = Job.start(own(data={"corpus": "nowhere.jsonl"}))
+    jobs.append(job)
+    assert job.wait(120)
+    state = job.status()
+    assert state.name == "failed" and "nowhere.jsonl" in state.error and "Traceback" not in state.error
+    assert not job.run.dir.exists() and job.resumable()[0] is None
+    assert Job.attach(job.run.dir).status() == state
+
+
+@pytest.mark.slow
+def test_a_job_outlives_its_notebook_stops_and_goes_on_as_unbroken(own, jobs, tmp_path):
+    """One Python process starts it and is gone; another watches, stops and resumes it."""
+    config = own(steps=60, name="one")
+    (tmp_path / "one.yaml").write_text(config.to_yaml())
+    code = (
+        "from ragkit.config import RALTConfig, load_config; from ragkit.jobs import Job;"
+        "print(Job.start(load_config(RALTConfig, 'one.yaml')).run.dir)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    folder = done.stdout.strip()
+    job = Job.attach(folder)
+    jobs.append(job)
+    assert job.alive and job.status().name == "starting" and latest("runs") == job.run.dir.relative_to(tmp_path)
+    until(lambda: job.status().name == "running" and job.status().step > 2)
+    assert len(job.pids()) >= 2 and job.status().facts["program"] == "ragkit"
+    with pytest.raises(RunError, match="is still running"):
+        job.resume()
+    job.stop()
+    assert job.wait(60)
+    state = job.status()
+    assert state.name == "stopped" and 2 < state.step < 60
+    assert job.run.last_checkpoint().name == f"checkpoint-{state.step}"
+    assert any(line.startswith("stopped at step") for line in job.log())
+    os.chdir("/")  # the settings' paths are relative to where it was started
+    job.resume()
+    job.stop()
+    until(lambda: job.stop() or job.status().name == "stopped" and not job.alive)
+    job.resume()
+    assert job.wait(180) and job.status().name == "finished", job.log()
+    os.chdir(tmp_path)
+    whole = Job.start(own(steps=60, name="whole"))
+    jobs.append(whole)
+    assert whole.wait(180)
+    assert losses(job.run) == losses(whole.run) and len(losses(job.run)) == 60
+    assert (job.run.dir / "evaluation.json").exists()
+    assert latest("runs") == whole.run.dir.relative_to(tmp_path) and latest("runs", "lsr") is None
+
+
+@pytest.mark.slow
+def test_stop_before_there_is_a_run_folder(own, jobs):
+    job = Job.start(own())
+    jobs.append(job)
+    until(lambda: job.record().get("child"))
+    time.sleep(1.0)
+    job.stop()
+    assert job.wait(60)
+    assert job.status().name == "stopped" and not job.run.dir.exists()
+
+
+@pytest.mark.slow
+def test_kill_9_of_the_job(own, jobs):
+    job = Job.start(own(steps=4000))
+    jobs.append(job)
+    until(lambda: job.run.last_checkpoint() is not None)
+    os.kill(job.record()["child"], signal.SIGKILL)
+    assert job.wait(30)
+    state = job.status()
+    assert state.name == "interrupted" and "SIGKILL" in state.error and job.resumable() == ("ralt", "")
+    job.resume()
+    until(lambda: job.status().name == "running" and job.status().step > state.step)
+    pids = job.pids()
+    job.kill()
+    assert job.wait(30) and not any(is_process(pid, None) for pid in pids)
+    assert job.status().name == "interrupted" and Job.attach(job.run.dir).status().name == "interrupted"
+
+
+@pytest.mark.slow
+def test_the_process_over_the_command_is_killed_and_the_training_goes_on(own, jobs):
+    job = Job.start(own(steps=4000))
+    jobs.append(job)
+    until(lambda: job.status().step > 2)
+    os.kill(job.record()["pid"], signal.SIGKILL)
+    time.sleep(0.5)
+    assert job.alive and Job.attach(job.run.dir).status().name == "running"
+    job.stop()
+    assert job.wait(60) and job.status().name in ("stopped", "interrupted") and job.run.last_checkpoint() is not None
+
+
+@pytest.mark.slow
+def test_the_run_folder_is_deleted_while_it_trains(own, jobs):
+    job = Job.start(own(steps=4000))
+    jobs.append(job)
+    until(lambda: job.status().step > 2)
+    shutil.rmtree(job.run.dir, ignore_errors=True)
+    until(lambda: job.status().name == "missing")
+    until(lambda: job.stop() or not job.alive, 60)
+    assert job.status().name == "missing" and job.resumable()[0] is None
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_and_go_on(own, jobs):
+    job = Job.start(own(steps=4000), processes=2)
+    jobs.append(job)
+    until(lambda: job.status().step > 2, 240)
+    assert job.status().facts["processes"] == 2 and len(job.pids()) >= 4
+    pids = job.pids()
+    job.stop()
+    assert job.wait(120), job.log()
+    stopped = job.status()
+    assert stopped.name == "stopped" and job.record()["exit"] == 0, job.log()
+    assert not any(is_process(pid, None) for pid in pids)
+    job.resume()
+    until(lambda: job.status().name == "running" and job.status().step > stopped.step, 240)
+    assert job.status().facts["processes"] == 2
+    pids = job.pids()
+    job.kill()
+    assert job.wait(30) and not any(is_process(pid, None) for pid in pids)
+
+
+@pytest.mark.slow
+def test_two_processes_stop_before_they_train(own, jobs):
+    job = Job.start(own(), processes=2)
+    jobs.append(job)
+    until(lambda: len(job.pids()) >= 4)
+    pids = job.pids()
+    until(lambda: job.stop() or not job.alive)
+    assert job.status().name == "stopped" and not any(is_process(pid, None) for pid in pids)
