@@ -350,7 +350,7 @@ def latest(root: str | Path = "runs", command: str | None = None) -> Path | None
         if path.name.endswith(".job") and (path / "job.json").is_file():
             job = Job(path.with_name(path.name.removesuffix(".job")))
             if not job.run.dir.exists() and job.alive and command in (None, job.record().get("kind")):
-                found.append((float(job.record().get("started", 0.0)), job.run.dir))
+                found.append((float(job.record().get("started", 0.0)), root / job.run.name))
         elif (path / "config.yaml").is_file():
             run = Run(path)
             if command is None or command_of_run(run, Job(path).record()) == command:

@@ -155,7 +155,7 @@ def test_a_job_outlives_its_notebook_stops_and_goes_on_as_unbroken(own, jobs, tm
     folder = done.stdout.strip()
     job = Job.attach(folder)
     jobs.append(job)
-    assert job.alive and job.status().name == "starting" and latest("runs") == job.run.dir.relative_to(tmp_path)
+    assert job.alive and job.status().name == "starting" and latest("runs").name == "one"
     until(lambda: job.status().name == "running" and job.status().step > 2)
     assert len(job.pids()) >= 2 and job.status().facts["program"] == "ragkit"
     with pytest.raises(RunError, match="is still running"):
@@ -178,7 +178,7 @@ def test_a_job_outlives_its_notebook_stops_and_goes_on_as_unbroken(own, jobs, tm
     assert whole.wait(180)
     assert losses(job.run) == losses(whole.run) and len(losses(job.run)) == 60
     assert (job.run.dir / "evaluation.json").exists()
-    assert latest("runs") == whole.run.dir.relative_to(tmp_path) and latest("runs", "lsr") is None
+    assert latest("runs").name == "whole" and latest("runs", "lsr") is None
 
 
 @pytest.mark.slow

@@ -106,7 +106,7 @@ def test_buttons_train_stop_and_resume_and_the_curve_is_that_of_an_unbroken_run(
     assert is_off(panel.start_button) and not panel.resume_button.disabled
     panel.resume_button.click()
     assert panel.wait(60) == "finished" and panel.result.steps == STEPS
-    assert panel.progress.value == panel.progress.max == STEPS
+    assert panel.display.progress.value == panel.display.progress.max == STEPS
     assert capfd.readouterr() == ("", "")  # a thread's text would land under another cell
     whole = make("whole").train()
     assert losses(Run.open(tmp_path / "run")) == losses(Run.open(whole.run_dir))
@@ -178,7 +178,7 @@ def test_scores_before_and_after_stand_in_the_table_and_in_the_folder(make):
     assert panel.table is None
     panel.run()
     assert panel.table.difference["mrr"].mean == 0.5
-    assert "Before and after the training" in panel._tables.value and "+0.500" in panel._tables.value
+    assert "Before and after the training" in panel.display.tables.value and "+0.500" in panel.display.tables.value
     assert RunPanel.attach(panel.run_dir).table.difference["mrr"].mean == 0.5
 
 
@@ -218,7 +218,7 @@ def test_errors_are_said_and_raised(make):
         f"Failed after step 4 of {STEPS}: The disk is full. checkpoint-4 is whole: once the cause is put right, "
         "Resume goes on from there."
     )
-    assert 'role="alert"' in panel._said.value
+    assert 'role="alert"' in panel.display.said.value
     state = Run.open(panel.run_dir).state()
     assert state.name == "failed" and state.error == "the disk is full" and state.step == 4
     trainer.callbacks.clear()
@@ -249,8 +249,8 @@ def test_warnings_and_notes_of_the_thread_stand_in_the_log(make, capfd):
     panel = RunPanel(trainer)
     before = warnings.showwarning
     panel.run()
-    assert "warning: mind &lt;this&gt;" in panel._log.value and "note: and that" in panel._log.value
-    assert f"step {STEPS}/{STEPS} loss" in panel._log.value
+    assert "warning: mind &lt;this&gt;" in panel.display.log.value and "note: and that" in panel.display.log.value
+    assert f"step {STEPS}/{STEPS} loss" in panel.display.log.value
     assert capfd.readouterr() == ("", "") and warnings.showwarning is before
     assert not logging.getLogger("ragkit").handlers
 
@@ -290,7 +290,7 @@ def test_a_second_panel_watches_stops_and_cannot_start_a_second_training(make, t
     panel.start()
     until(lambda: gate.arrived == 3)
     other = RunPanel.attach(tmp_path / "run")
-    assert other._work is panel._work and other.state == "running"
+    assert other._source.work is panel._source.work and other.state == "running"
     again = make(run=Run.open(tmp_path / "run"))
     with pytest.raises(RunError, match="is being trained: another training of this process works on it"):
         again.train(resume=True)
@@ -361,7 +361,7 @@ def test_a_damaged_events_file_is_shown_as_far_as_it_can_be_read(make, line):
     path.write_text(text[: text.index("\n") + 1] + line + ("\n" if not line.endswith("\n") else "") + text)
     other = RunPanel(make(run=Run(panel.run_dir)))
     assert other.state == "finished" and other._status.step == STEPS
-    assert "1 line of events.jsonl cannot be read" in other._log.value
+    assert "1 line of events.jsonl cannot be read" in other.display.log.value
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
@@ -375,7 +375,7 @@ def test_a_folder_that_cannot_be_written(make, tmp_path):
 def test_a_folder_that_is_a_file(make, tmp_path):
     (tmp_path / "file").write_text("")
     panel = RunPanel(make(), score=None)
-    panel._work.trainer.config.output_dir = str(tmp_path / "file")
+    panel._source.work.trainer.config.output_dir = str(tmp_path / "file")
     panel.start_button.click()
     assert panel.state == "ready" and "choose one that you may write to and that has room" in panel.message
 
