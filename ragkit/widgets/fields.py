@@ -21,8 +21,8 @@ from ragkit.settings import Config
 from ragkit.widgets.base import QUIET, error_html, escape, set_tooltip, widgets
 
 NULL = "null"  # how "not set" is called, as in YAML and on the command line
-NAME_WIDTH = 200  # pixels, of the column of names
-INPUT_WIDTH = NAME_WIDTH + 230
+NAME_WIDTH = 225  # pixels, of the column of names
+INPUT_WIDTH = NAME_WIDTH + 205
 SET_WIDTH = 62
 
 
@@ -85,8 +85,9 @@ class Field:
         self._changed, self._quiet = changed, False
         self.note = widgets.HTML(layout={"flex": "1 1 260px", "min_width": "220px", "margin": "2px 0 6px 0"})
         self._make()
-        set_tooltip(self.input, f"{key}: {info.description}")
-        self.input.observe(self._by_hand, "value")
+        if self.input.has_trait("value"):
+            set_tooltip(self.input, f"{key}: {info.description}")  # not on boxes: JupyterLab fails to show them then
+            self.input.observe(self._by_hand, "value")
         layout = {"flex_flow": "row wrap", "align_items": "flex-start", "overflow": "visible"}
         self.row = widgets.HBox([*self._controls(), self.note], layout=layout)
         self.show("")
@@ -155,11 +156,14 @@ class Choice(Field):
         values = values or [True, False]  # bool or null
         named = [(str(value), value) for value in values]
         if optional(self.info):
-            named.insert(0, (NULL, None))
+            named.insert(0, (NULL, NULL))  # as a text: a Dropdown shows nothing for the value None
         self.input = widgets.Dropdown(options=named, description=self.label, **_looks())
 
     def read(self) -> Any:
-        return self.input.value
+        return None if self.input.value == NULL else self.input.value
+
+    def fill(self, value: Any) -> None:
+        super().fill(NULL if value is None else value)
 
 
 class Tick(Field):

@@ -114,6 +114,7 @@ class ConfigForm(StaticBox):
         self._starts |= {name: preset_of(self.cls, name) for name in presets_of(self.cls)}
         first = preset_of(self.cls, preset) if preset is not None else self.cls() if is_class else settings
         self._config: Config = self.cls()
+        self._written: Config | None = None  # the settings that "What to run" shows
         self._problems: list[Problem] = []
         self._listeners: list[Callable[[Config], None]] = []
         self._fields = self._make_fields()
@@ -142,7 +143,7 @@ class ConfigForm(StaticBox):
                 f"form.config: found {found}, expected an object of {self.cls.__name__}; make another form for other "
                 "settings: ConfigForm(config)"
             )
-        checked = compact(self.cls(**config.model_dump()))
+        checked = compact(self.cls(**config.model_dump(warnings=False)))
         name = next((name for name, start in self._starts.items() if start == checked), GIVEN)
         self._starts.setdefault(name, checked)
         if name == GIVEN:
@@ -332,7 +333,8 @@ class ConfigForm(StaticBox):
             self._problems = list(error.problems) or [Problem(self.cls.__name__, "", str(error))]
         else:
             self._problems = []
-            is_new, self._config = made != self._config, made
+            is_new = made != self._config
+            self._config = made if is_new else self._config
         self._show()
         if not self._problems and is_new:
             for listener in self._listeners:
@@ -354,9 +356,11 @@ class ConfigForm(StaticBox):
             set_titles(box, [f"✗ {title} ({count} wrong)" if count else title])
         self._summary.value = self._summary_html()
         self._about.value = f'<div style="line-height: 1.35; color: {QUIET}">{escape(self._about_words())}</div>'
-        texts = {"Python": self.code(), "YAML": self.yaml(), "Shell": self._shell()}
-        for name, text in texts.items():
-            self._texts[name].value = code_html(text, f"the run as {name}")
+        if self._config is not self._written:
+            self._written = self._config
+            texts = {"Python": self.code(), "YAML": self.yaml(), "Shell": self._shell()}
+            for name, text in texts.items():
+                self._texts[name].value = code_html(text, f"the run as {name}")
 
     def _row_of(self, key: str) -> Field | None:
         """The row that a problem belongs to: "task.losses[0].weight" is the weight of the first loss."""
@@ -432,9 +436,9 @@ def _group_of(key: str) -> str:
 
 def _words(problem: Problem, with_key: bool) -> str:
     """A problem as it is told in a form."""
-    found = "nothing" if problem.found in ("", None) else f'"{problem.found}"'
-    if isinstance(problem.found, dict | list | Config):  # a cross-check of several settings: what is in them is shown
-        text = problem.expected
+    found = "nothing" if problem.found in ("", None, [], {}) else f'"{problem.found}"'
+    if found != "nothing" and isinstance(problem.found, dict | list | Config):
+        text = problem.expected  # several settings that do not fit each other: what is in them is shown anyway
     else:
         text = f"found {found}, expected {problem.expected}"
     return f"{problem.key}: {text}" if with_key else text
