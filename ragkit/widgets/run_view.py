@@ -87,13 +87,8 @@ def log_html(lines: Iterable[str]) -> str:
 
 
 def plot_html(plot: Any) -> str:
-    """A picture as inline SVG, with its description for screen readers."""
-    svg = plot.svg()
-    svg = svg[svg.find("<svg") :]  # without the XML head, which HTML does not know
-    return (
-        f'<div role="img" aria-label="{escape(plot.alt)}" '
-        f'style="background: #ffffff; max-width: 760px; overflow-x: auto">{svg}</div>'
-    )
+    """A picture as inline SVG, in the page's colours and with its description for screen readers."""
+    return f'<div style="max-width: 760px; overflow-x: auto">{plot.svg()}</div>'
 
 
 def machine_words(facts: Mapping[str, Any], pids: Iterable[int], events: EventReader) -> str:

@@ -7,7 +7,8 @@ import pytest
 
 from ragkit.evaluation import EvaluationResult
 from ragkit.files import atomic_write_json
-from ragkit.plots import before_after, main
+from ragkit.plots import before_after
+from ragkit.plots.__main__ import main
 from ragkit.runs import RunError
 
 
@@ -18,10 +19,10 @@ def result(share: float, **more: np.ndarray) -> EvaluationResult:
 
 
 def test_bars_have_the_height_of_the_means_and_missing_metrics_none():
-    figure = before_after({"before": result(0.25), "after": result(0.75, em=np.ones(20))}, ["recall@1", "em"])
+    figure = before_after({"before": result(0.25), "after": result(0.75, em=np.ones(20))}, ["recall@1", "em"]).figure
     heights = [bar.get_height() for bar in figure.axes[0].patches]
     assert heights == pytest.approx([0.25, 0.75, 1.0])
-    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["before", "after"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["before", "after"]
 
 
 def test_draws_a_run_from_its_file(tmp_path):
