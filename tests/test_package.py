@@ -86,6 +86,7 @@ ROOMS = [
         "ragkit.commands",
         "ragkit.jobs",
         "ragkit.job_process",
+        "ragkit.dev",
         "ragkit.estimate",
         "ragkit.widgets",
         "ragkit.quickstart_graph",
