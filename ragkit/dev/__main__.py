@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ragkit.dev.execute import NotebookError, execute, find
 from ragkit.tables import text_table
 
-USAGE = """python -m ragkit.dev execute [NUMBER ...]   runs notebooks (all, or 03 05 ...) and stores them in one form"""
+USAGE = "python -m ragkit.dev execute [NUMBER ...]   runs notebooks (all, or 03 05 ...), stores them in one form"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Runs notebooks from top to bottom and stores them in one form, so that a difference in git is a difference in fact."""
+"""Runs notebooks and stores them in one form, so that a difference in git is a difference in fact."""
 
 from __future__ import annotations
 
