@@ -18,14 +18,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ragkit.commands import COMMANDS, command_of
-from ragkit.config import Config, ConfigError, load_config
+from ragkit.config import Config
 from ragkit.files import atomic_write_json, atomic_write_text
+from ragkit.job_commands import command_of_run, training_of
 from ragkit.optional import require
 from ragkit.run_state import EventReader, RunState, is_process, state_of
 from ragkit.runs import Run, RunError, check_name
 
-TRAININGS = ("lsr", "ralt", "gfm-pretrain", "gfm-finetune")
 GRACE = 10.0  # seconds until a request to end is repeated more firmly
 STARTING = 30.0  # seconds that a process may take to say its number
 TAIL = 65536  # bytes of the log that are looked at
@@ -114,7 +113,9 @@ class Job:
         if command is None:
             raise RunError(reason)
         self.run.clear_stop()  # an old request; one that is made from now on is obeyed
-        self._launch(command, [f"resume={self.run.dir}"], processes or int(self.record().get("processes") or 1))
+        where = os.path.relpath(self.run.dir, self._cwd())
+        where = str(self.run.dir) if where.startswith("..") else where
+        self._launch(command, [f"resume={where}"], processes or int(self.record().get("processes") or 1))
 
     def resumable(self) -> tuple[str | None, str]:
         """(command that can go on with the run, "") or (None, why there is none)."""
@@ -138,7 +139,7 @@ class Job:
         (self.folder / "stop").unlink(missing_ok=True)
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         whole = [sys.executable, *(launcher if processes > 1 else []), "-m", "ragkit", command, *arguments]
-        cwd = self.record().get("cwd") or os.getcwd()  # the settings' paths are relative to it
+        cwd = self._cwd()
         record = {
             "kind": command,
             "arguments": whole,
@@ -165,6 +166,10 @@ class Job:
                 stderr=subprocess.STDOUT,
                 **options,
             )
+
+    def _cwd(self) -> str:
+        """The working folder of the command: the settings' paths are relative to it."""
+        return self.record().get("cwd") or os.getcwd()
 
     # ---- how it stands ----
 
@@ -219,7 +224,7 @@ class Job:
             return state
         if record.get("exit") == 0 and there:
             return state
-        if (self.folder / "stop").exists() and not self._began_after_start(state, record):
+        if self._trained(record).name == "stopped" or (self.folder / "stop").exists():
             return _as(state, "stopped")
         if record.get("exit") is None:
             return _as(state, "interrupted")
@@ -230,10 +235,15 @@ class Job:
         """Whether the state is of this process's training, not of one before."""
         return float(state.facts.get("began") or 0.0) >= float(record.get("started") or 0.0)
 
+    def _trained(self, record: dict[str, Any]) -> RunState:
+        """How the training of this process stands; "new" if it has not begun."""
+        state = state_of(self.run.dir, self.events)
+        return state if self._began_after_start(state, record) else RunState("new")
+
     def _why(self, state: RunState, status: int) -> tuple[str, str | None]:
         """(state, error) of a command that ended with a status other than 0."""
         if status == 130:  # Ctrl-C
-            return ("stopped" if state.name == "stopped" else "interrupted"), None
+            return "interrupted", None
         if status < 0:
             name = signal.Signals(-status).name if -status in list(signal.Signals) else f"signal {-status}"
             more = ": the machine may have run out of memory" if name == "SIGKILL" else ""
@@ -273,6 +283,8 @@ class Job:
             if not self.run.stop_requested:
                 self.run.request_stop()
             return
+        if self._trained(self.record()).name == "stopped":
+            return  # it has obeyed, and is about to end
         with suppress(OSError):
             (self.folder / "stop").touch()
         if self._asked is not None and time.monotonic() - self._asked < GRACE:
@@ -283,7 +295,11 @@ class Job:
 
     def kill(self) -> None:
         """Ends all its processes at once; what was trained since the last checkpoint is lost."""
-        self._send(self.pids(), _KILL)
+        pids = self.pids()
+        self._send(pids, _KILL)
+        deadline = time.monotonic() + GRACE  # a process that holds much memory takes a moment to go
+        while any(is_process(pid, None) for pid in pids) and time.monotonic() < deadline:
+            time.sleep(0.02)
 
     def _signal(self, number: int) -> None:
         record = self.record()
@@ -310,31 +326,6 @@ class Job:
 
 
 _KILL: int = getattr(signal, "SIGKILL", signal.SIGTERM)
-
-
-def training_of(config: Config) -> str:
-    """The training command whose settings these are.
-
-    Raises:
-        RunError: They are those of something else.
-    """
-    command = next((name for name, (kind, _) in COMMANDS.items() if type(config) is kind), None)
-    if command not in TRAININGS:
-        kinds = ", ".join(COMMANDS[name][0].__name__ for name in TRAININGS)
-        raise RunError(f"found {type(config).__name__}, expected the settings of a training: {kinds}")
-    return command
-
-
-def command_of_run(run: Run, record: dict[str, Any] | None = None) -> str | None:
-    """The command that a run folder is of; None if its settings are those of none."""
-    if record and record.get("kind") in TRAININGS:
-        return record["kind"]
-    for command in TRAININGS:
-        with suppress(ConfigError, OSError):
-            config = load_config(COMMANDS[command][0], run.config_path)
-            if set(config.model_dump()) == set(run.config()):
-                return command_of(config)
-    return None
 
 
 def latest(root: str | Path = "runs", command: str | None = None) -> Path | None:

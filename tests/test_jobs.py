@@ -13,7 +13,8 @@ import time
 import pytest
 
 from ragkit.config import EvaluateConfig, LSRConfig, RALTConfig
-from ragkit.jobs import Job, command_of_run, latest
+from ragkit.job_commands import command_of_run
+from ragkit.jobs import Job, latest
 from ragkit.run_state import is_process
 from ragkit.runs import Run, RunError
 

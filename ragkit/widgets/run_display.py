@@ -12,6 +12,7 @@ from ragkit.widgets.base import escape, set_tooltip, widgets
 from ragkit.widgets.run_words import where_words
 
 SLOW = 1.0  # seconds between two looks at memory and log, and two pictures
+SLOWEST = 5.0  # seconds between two pictures at most
 BUSY = ("starting", "running", "stopping")
 TIPS = {
     "start": "Trains in a new run folder",
@@ -38,7 +39,9 @@ class RunDisplay:
         self.title, self.said, self.words, self.machine, self.estimate = (widgets.HTML() for _ in range(5))
         self.picture, self.tables, self.log, self.where = (widgets.HTML() for _ in range(4))
         row = widgets.Layout(flex_flow="row wrap")
-        self._bar = widgets.HBox([self.progress, self.words], layout=widgets.Layout(display="none"))
+        self._bar = widgets.HBox(
+            [self.progress, self.words], layout=widgets.Layout(display="none", align_items="center")
+        )
         self.children = (
             self.title,
             widgets.HBox(list(self.buttons.values()), layout=row),
@@ -103,7 +106,7 @@ class RunDisplay:
             self._show_log(work, state)
             set_value(self.where, view.quiet_html(where_words(work, state)))
         events = work.events.events
-        if not (at_once or now > self._picture_at) or len(events) == self._drawn or not has_loss(events):
+        if not (at_once or now > self._picture_at) or len(events) == self._drawn or not has_loss(events, 2):
             return
         self._drawn = len(events)
         try:
@@ -111,7 +114,7 @@ class RunDisplay:
         except Exception as error:  # without matplotlib, say: the training is watched all the same
             set_value(self.picture, view.quiet_html(f"There is no picture of the losses: {error}"))
         # A picture takes a moment of a core that the training wants too: it is drawn a tenth of the time at most.
-        self._picture_at = now + max(SLOW, 9 * (time.monotonic() - now))
+        self._picture_at = now + min(max(SLOW, 9 * (time.monotonic() - now)), SLOWEST)
 
     def _show_log(self, work: Any, state: str) -> None:
         lines = work.log(view.LINES)
@@ -121,9 +124,9 @@ class RunDisplay:
         set_value(self.log, view.log_html(lines) if lines or state in BUSY else "")
 
 
-def has_loss(events: Iterable[dict[str, Any]]) -> bool:
-    """Whether there is a loss to draw."""
-    return any(event.get("loss") is not None for event in events)
+def has_loss(events: Iterable[dict[str, Any]], least: int = 1) -> bool:
+    """Whether there are losses to draw."""
+    return sum(event.get("loss") is not None for event in events) >= least
 
 
 def set_value(widget: Any, value: str) -> None:

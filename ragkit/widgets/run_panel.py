@@ -12,7 +12,8 @@ from typing import Any
 
 from ragkit import jobs, plots
 from ragkit.evaluation import Comparison
-from ragkit.jobs import Job, training_of
+from ragkit.job_commands import training_of
+from ragkit.jobs import Job
 from ragkit.run_state import RunState
 from ragkit.runs import RunError
 from ragkit.widgets import run_view as view
@@ -168,7 +169,7 @@ class RunPanel(StaticBox):
         events = self._source.work.events.events if self._source.work is not None else []
         if not has_loss(events):
             raise RunError("there is nothing to draw yet: the training has made no step")
-        return plots.loss_curves({self.run_dir.name if self.run_dir else "run": list(events)})  # type: ignore[attr-defined]
+        return plots.loss_curves({self.run_dir.name if self.run_dir else "run": list(events)})
 
     def start(self) -> None:
         """Starts the training in a new run folder.

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ragkit.config import Config
-from ragkit.jobs import Job, training_of
+from ragkit.job_commands import training_of
+from ragkit.jobs import Job
 from ragkit.run_text import as_command
 from ragkit.runs import RunError
 from ragkit.widgets.run_view import shown_path

@@ -64,10 +64,15 @@ def state_html(state: str, message: str) -> str:
     """The state as a sign and a word, with the sentence for the person; screen readers are told of it."""
     colour = ERROR if state in BAD else TEXT
     role = "alert" if state in BAD else "status"
+    word, text = state.capitalize(), message
+    if message.startswith(word):  # "Finished: 40 steps": the word stands once
+        text = message.removeprefix(word)
+    else:
+        word += ". "
     return (
         f'<div role="{role}" style="line-height: 1.45; color: {TEXT}; overflow-wrap: anywhere">'
-        f'<b style="color: {colour}"><span aria-hidden="true">{SIGNS[state]}</span> {escape(state)}</b> '
-        f"&nbsp;{escape(message)}</div>"
+        f'<b style="color: {colour}"><span aria-hidden="true">{SIGNS[state]}</span> {escape(word)}</b>'
+        f"{escape(text)}</div>"
     )
 
 
@@ -79,10 +84,12 @@ def quiet_html(text: str) -> str:
 def log_html(lines: Iterable[str]) -> str:
     """The last lines that the training said."""
     text = "\n".join(lines) or "(nothing was said yet)"
+    # Upside down, so that the last line is in sight where there is not room for all.
     return (
-        f'<pre aria-label="Last lines of the log" tabindex="0" style="margin: 0; padding: 6px 8px; line-height: 1.35; '
-        f"max-height: 17em; overflow: auto; white-space: pre-wrap; overflow-wrap: anywhere; font-family: {CODE}; "
-        f'font-size: 12px; color: {TEXT}; border: 1px solid {BORDER}">{escape(text)}</pre>'
+        f'<div role="log" aria-label="Last lines of the log" tabindex="0" style="display: flex; flex-direction: '
+        f'column-reverse; max-height: 17em; overflow: auto; border: 1px solid {BORDER}">'
+        f'<pre style="flex: none; margin: 0; padding: 6px 8px; line-height: 1.35; white-space: pre-wrap; '
+        f'overflow-wrap: anywhere; font-family: {CODE}; font-size: 12px; color: {TEXT}">{escape(text)}</pre></div>'
     )
 
 
@@ -148,5 +155,8 @@ def tables_html(tables: Mapping[str, Comparison]) -> str:
     for name, table in tables.items():
         title = "Before and after the training" + (f": {name}" if name else "")
         parts.append(f'<div style="color: {TEXT}; line-height: 1.4"><b>{escape(title)}</b></div>')
-        parts.append(f'<div style="color: {TEXT}; overflow-x: auto; line-height: 1.4">{table._repr_html_()}</div>')
+        cells = table._repr_html_()
+        for cell in ("th", "td"):  # a widget has no style sheet for tables
+            cells = cells.replace(f"<{cell}>", f'<{cell} style="padding: 1px 10px; text-align: right">')
+        parts.append(f'<div style="color: {TEXT}; overflow-x: auto; line-height: 1.4">{cells}</div>')
     return "".join(parts)

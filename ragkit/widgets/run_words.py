@@ -30,14 +30,19 @@ def message_of(state: str, work: Any, status: RunState, can_resume: str) -> str:
             return "The training itself is done. " + _sentence(
                 work.phase if _in_thread(work) else "scoring and saving"
             )
-        return f"Training: {progress_words(status, work.events, goes_on=True) or 'before its first step'}."
+        words = progress_words(status, work.events, goes_on=True)
+        return f"Training: {words or 'before its first step'}. The notebook is free meanwhile."
     if state == "stopping":
+        if status.name == "ending":
+            return "Stopping: the training itself is done."
         if status.name == "running":
             return "Stopping: the training ends after the step that it is in, and saves a checkpoint."
-        return "Stopping. Nothing is lost: no step was made yet." if not status.step else "Stopping."
+        return "Stopping: no step was made yet, so nothing is lost." if not status.step else "Stopping."
     if state == "stopped":
         if not status.step:
             return "Stopped before the first step; nothing was trained." + _go_on(can_resume, "begin")
+        if status.step >= (status.total or 0):
+            return "Stopped after the training, before it was scored and saved." + _go_on(can_resume, "do that")
         last = run.last_checkpoint()
         kept = f"{last.name} is in {where}/checkpoints" if last is not None else f"there is no checkpoint in {where}"
         return f"Stopped {at}; {kept}." + _go_on(can_resume)
@@ -99,7 +104,12 @@ def where_words(work: Any, state: str) -> str:
     where = shown_path(work.run.dir)
     words = f"run folder: {where}"
     if isinstance(work, Job):
-        if state in ("stopped", "interrupted", "failed") and work.resumable()[0]:
+        if not work.run.config_path.is_file():
+            return f"log: {shown_path(work.folder / 'log.txt')}" if state == "failed" else ""
+        if state == "finished":
+            use = next((line for line in work.log(30) if line.startswith("use it:")), "")
+            words += f" · {' '.join(use.split())}" if use else ""
+        elif state in ("stopped", "interrupted", "failed") and work.resumable()[0]:
             words += f" · in a shell: python -m ragkit {work.resumable()[0]} resume={where}"
         elif state in ("starting", "running", "stopping"):
             words += f' · later, or in another notebook: RunPanel.attach("{where}")'
