@@ -85,6 +85,7 @@ ROOMS = [
         "ragkit.gfm_commands",
         "ragkit.commands",
         "ragkit.jobs",
+        "ragkit.job_commands",
         "ragkit.job_process",
         "ragkit.dev",
         "ragkit.estimate",
