@@ -191,6 +191,8 @@ def _draw_losses(axes: Any, curves: Mapping[str, Curves], ylabel: str) -> None:
         words = "no finite loss was logged" if any(c.not_finite.size for c in curves.values()) else "no loss yet"
         axes.text(0.5, 0.5, words, ha="center", va="center", transform=axes.transAxes)
         axes.set_yticks([])
+        if not any(c.not_finite.size or c.learning_rate.steps.size for c in curves.values()):
+            axes.set_xticks([])
     else:
         every = np.concatenate(drawn)
         if every.min() > 0 and every.max() > WIDE * every.min():
@@ -257,7 +259,12 @@ def _draw_metrics(axes: Any, curves: Mapping[str, Curves], chosen: Sequence[str]
 
 
 def _whole_steps(axes: Any) -> None:
+    if not axes.get_xticks().size:
+        return
     axes.xaxis.get_major_locator().set_params(integer=True)
+    low, high = axes.dataLim.intervalx
+    if low == high:  # one step: no scale to choose
+        axes.set_xlim(low - 1, low + 1)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
 
 

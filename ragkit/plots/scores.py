@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from ragkit.evaluation import EvaluationResult
+from ragkit.evaluation import EvaluationResult, Interval
 from ragkit.plots.plot import Plot
-from ragkit.plots.style import INK, bar_look, drawing, new_figure, shorten
+from ragkit.plots.style import INK, MARKERS, bar_look, drawing, line_look, listing, new_figure, shorten
 
 
 def before_after(
@@ -61,3 +62,92 @@ def _words(scores: Mapping[str, EvaluationResult], metrics: Sequence[str]) -> st
         shown = [f"{label} {m.mean:.2f}" for label, m in means.items() if m is not None and not math.isnan(m.mean)]
         parts.append(f"{metric}: {', '.join(shown)}" if shown else f"{metric}: no score")
     return f"Bars with 95 % intervals. {'; '.join(parts)}."
+
+
+# ---- over k ----
+
+
+def recall_curves(scores: Mapping[str, EvaluationResult], what: str = "recall") -> Plot:
+    """A metric over its cut-off k, before and after, with the 95 % intervals of the means.
+
+    Args:
+        scores: Label -> scores.
+        what: "recall", "all", "ndcg" or another NAME of metrics called NAME@k. "recall" also finds `doc_recall@k` and
+            `ent_recall@k` of a GFM, which are drawn side by side.
+
+    Returns:
+        The picture.
+
+    Raises:
+        ValueError: No system, or none that has such a metric.
+    """
+    if not scores:
+        raise ValueError("recall_curves: there is no system to draw")
+    families = _families(scores, what)
+    if not families:
+        have = dict.fromkeys(name for result in scores.values() for name in result.metrics)
+        raise ValueError(f"what: no system has {what}@k for any k; there are: {listing(list(have))}")
+    with drawing():
+        figure = new_figure(3.6)
+        panels = figure.subplots(1, len(families), squeeze=False, sharey=True)[0]
+        for axes, (family, ks) in zip(panels, families.items(), strict=True):
+            _draw_family(axes, scores, family, ks)
+        panels[0].legend(loc="lower right")
+    return Plot(figure, _family_words(scores, families), f"{what}@k")
+
+
+def _families(scores: Mapping[str, EvaluationResult], what: str) -> dict[str, list[int]]:
+    """Name before the "@" -> its cut-offs, of all systems together."""
+    found: dict[str, set[int]] = {}
+    for result in scores.values():
+        for name in result.metrics:
+            family, at, k = name.partition("@")
+            if at and k.isdigit() and (family == what or family.endswith(f"_{what}")):
+                found.setdefault(family, set()).add(int(k))
+    # "filtered_hits" ends with "_hits" too, and so does "doc_filtered_hits"; that is what was asked for.
+    return {family: sorted(ks) for family, ks in found.items()}
+
+
+def _curve(result: EvaluationResult, family: str, ks: Sequence[int]) -> list[tuple[int, Interval]]:
+    """(k, mean and interval) where the system has one."""
+    pairs = [(k, result.metrics.get(f"{family}@{k}")) for k in ks]
+    return [(k, value) for k, value in pairs if value is not None and not math.isnan(value.mean)]
+
+
+def _draw_family(axes: Any, scores: Mapping[str, EvaluationResult], family: str, ks: Sequence[int]) -> None:
+    # Places, not values of k: the first cut-offs lie close together and matter most.
+    place = {k: i for i, k in enumerate(ks)}
+    for number, (label, result) in enumerate(scores.items()):
+        curve = _curve(result, family, ks)
+        if not curve:
+            continue
+        look = line_look(number)
+        # A little beside each other, so that the intervals of two systems can be told apart.
+        at = [place[k] + 0.05 * (number - (len(scores) - 1) / 2) for k, _ in curve]
+        mean, low, high = ([getattr(v, part) for _, v in curve] for part in ("mean", "low", "high"))
+        axes.fill_between(at, low, high, color=look["color"], alpha=0.15, linewidth=0, gid=f"band-{number}")
+        errors = [[m - lo for m, lo in zip(mean, low, strict=True)], [h - m for m, h in zip(mean, high, strict=True)]]
+        axes.errorbar(
+            at, mean, yerr=errors, **look, linewidth=2, elinewidth=1, capsize=3, marker=MARKERS[number % len(MARKERS)],
+            markersize=5.5, label=shorten(label, 32),
+        )  # fmt: skip
+    axes.set_xticks(range(len(ks)), [str(k) for k in ks])
+    axes.set_xlabel("k, passages looked at" if not family.startswith("ent_") else "k, entities looked at")
+    axes.set_ylabel(f"{family}@k, mean")
+    axes.set_ylim(0, 1.04)
+    axes.grid(axis="y")
+    axes.tick_params(labelleft=True)
+
+
+def _family_words(scores: Mapping[str, EvaluationResult], families: Mapping[str, Sequence[int]]) -> str:
+    parts = []
+    for family, ks in families.items():
+        shown = ks if len(ks) <= 3 else [ks[0], ks[len(ks) // 2], ks[-1]]
+        for k in shown:
+            curves = {label: dict(_curve(result, family, [k])) for label, result in scores.items()}
+            values = [f"{label} {c[k].mean:.2f} [{c[k].low:.2f}, {c[k].high:.2f}]" for label, c in curves.items() if c]
+            if values:
+                parts.append(f"{family}@{k}: {', '.join(values)}")
+    counts = {len(result.ids) for result in scores.values()}
+    questions = f"{min(counts):,}" if len(counts) == 1 else f"{min(counts):,} to {max(counts):,}"
+    return f"Mean over {questions} questions with 95 % interval. {'; '.join(parts)}."

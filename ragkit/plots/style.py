@@ -137,10 +137,20 @@ def listing(parts: Sequence[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}" if parts else "none"
 
 
+def one_line(text: str) -> str:
+    """Without line breaks and characters that cannot be printed (an SVG may not hold them)."""
+    return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+
+
+def cut(text: str, width: int) -> str:
+    """One line of at most `width` characters; the end goes."""
+    text = one_line(text)
+    return text if len(text) <= width else f"{text[: width - 1].rstrip()}…"
+
+
 def shorten(name: str, width: int) -> str:
     """One line of at most `width` characters; the middle goes, because ends tell names apart."""
-    name = "".join(c if c.isprintable() else " " for c in str(name))
-    name = " ".join(name.split())
+    name = one_line(name)
     if len(name) <= width:
         return name
     left = (width - 1) // 3
