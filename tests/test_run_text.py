@@ -118,7 +118,7 @@ def settings_of(cls, most=12):
 
 
 @pytest.mark.parametrize("cls", list(COMMANDS))
-@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow, HealthCheck.differing_executors])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.differing_executors])
 @given(data=st.data())
 def test_all_three_texts_give_an_equal_object_back(cls, data):
     config = data.draw(settings_of(cls))

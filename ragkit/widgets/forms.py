@@ -12,12 +12,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ragkit.commands import COMMANDS, command_of
-from ragkit.config import Config, ConfigError, GFMFinetuneConfig, GFMPretrainConfig, LSRConfig, Problem, RALTConfig
+from ragkit.config import Config, ConfigError, Problem
 from ragkit.presets import PRESETS, preset, presets_of
 from ragkit.run_text import as_command, as_python, changes, compact, text_of
 from ragkit.settings import nearest_key, walk
 from ragkit.widgets.base import (
-    BORDER,
     QUIET,
     TEXT,
     StaticBox,
@@ -31,53 +30,8 @@ from ragkit.widgets.base import (
     widgets,
 )
 from ragkit.widgets.fields import Field, Groups, make_field
+from ragkit.widgets.form_words import FIRST, changes_html, problem_words
 
-# What people change first; it stands at the top of the form, all other settings in groups below.
-FIRST: dict[type[Config], list[str]] = {
-    LSRConfig: [
-        "data.corpus",
-        "data.max_train",
-        "rag.retriever",
-        "rag.generator",
-        "top_k",
-        "gamma",
-        "beta",
-        "train.max_steps",
-        "train.batch_size",
-        "train.learning_rate",
-    ],
-    RALTConfig: [
-        "data.corpus",
-        "data.max_train",
-        "rag.generator",
-        "method",
-        "lora_r",
-        "context",
-        "top_k",
-        "train.max_steps",
-        "train.batch_size",
-        "train.learning_rate",
-    ],
-    GFMPretrainConfig: [
-        "datasets.train_names",
-        "model.entity_model.input_dim",
-        "model.entity_model.hidden_dims",
-        "task.num_negative",
-        "train.max_steps",
-        "train.batch_size",
-        "optimizer.lr",
-    ],
-    GFMFinetuneConfig: [
-        "datasets.train_names",
-        "train.checkpoint",
-        "model.entity_model.input_dim",
-        "model.entity_model.hidden_dims",
-        "doc_ranker.name",
-        "train.max_steps",
-        "train.batch_size",
-        "optimizer.lr",
-    ],
-}
 DEFAULTS, GIVEN = "defaults", "as given"
 HERE = "This is a form in a Jupyter front end. The next cell says the same in code."
 
@@ -192,17 +146,7 @@ class ConfigForm(StaticBox):
         return "\n".join([f"{self._title()}:" if rows else f"{self._title()}: nothing is changed", *rows, HERE])
 
     def static_html(self) -> str:
-        style = f"text-align: left; padding: 2px 12px 2px 0; border-bottom: 1px solid {BORDER}"
-        rows = "".join(
-            f'<tr><th scope="row" style="{style}; font-weight: normal"><code>{escape(key)}</code></th>'
-            f'<td style="{style}">{escape(value)}</td></tr>'
-            for key, value in self._changed_rows()
-        )
-        head = f'<tr><th scope="col" style="{style}">setting</th><th scope="col" style="{style}">value</th></tr>'
-        table = (
-            f'<table style="border-collapse: collapse">{head}{rows}</table>' if rows else "<p>Nothing is changed.</p>"
-        )
-        return f'<div style="color: {TEXT}"><p><b>{escape(self._title())}</b></p>{table}<p><i>{HERE}</i></p></div>'
+        return changes_html(self._title(), self._changed_rows(), HERE)
 
     def _title(self) -> str:
         start = self._start.value
@@ -345,7 +289,7 @@ class ConfigForm(StaticBox):
         for problem in self._problems:
             row = self._row_of(problem.key)
             if row is not None:
-                wrong[id(row)] = _words(problem, with_key=False)
+                wrong[id(row)] = problem_words(problem, with_key=False)
         for field in self._fields.values():
             rows = [row for item in field.items for row in item.values()] if isinstance(field, Groups) else []
             for row in (field, *rows):
@@ -379,7 +323,7 @@ class ConfigForm(StaticBox):
             return f'<div style="line-height: 1.4; color: {TEXT}">✓ All settings are valid; {differ}.</div>'
         count = len(self._problems)
         head = "1 setting is wrong" if count == 1 else f"{count} settings are wrong"
-        which = "; ".join(_words(problem, with_key=True) for problem in self._problems)
+        which = "; ".join(problem_words(problem, with_key=True) for problem in self._problems)
         return error_html(f"{head}: {which}. Until that is right, the last valid values are used.")
 
     def _about_words(self) -> str:
@@ -432,13 +376,3 @@ def _at(config: Config, key: str) -> Any:
 
 def _group_of(key: str) -> str:
     return key.rpartition(".")[0]
-
-
-def _words(problem: Problem, with_key: bool) -> str:
-    """A problem as it is told in a form."""
-    found = "nothing" if problem.found in ("", None, [], {}) else f'"{problem.found}"'
-    if found != "nothing" and isinstance(problem.found, dict | list | Config):
-        text = problem.expected  # several settings that do not fit each other: what is in them is shown anyway
-    else:
-        text = f"found {found}, expected {problem.expected}"
-    return f"{problem.key}: {text}" if with_key else text
