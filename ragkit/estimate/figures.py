@@ -79,7 +79,8 @@ class Estimate:
             raise ValueError(f"not an estimate: the field {wrong[0]!r} is missing or unknown")
         for name, kind in kinds.items():
             found = values[name]
-            numbers = found.values() if name == "seconds" and isinstance(found, Mapping) else [found]
+            parts = name == "seconds" and isinstance(found, Mapping) and set(found) == set(PARTS)
+            numbers = list(found.values()) if parts else [found if name != "seconds" else None]
             fits = all(isinstance(x, int | float) and not isinstance(x, bool) and x >= 0 for x in numbers)
             if kind in ("int", "float", "Mapping[str, float]") and not fits:
                 raise ValueError(f"not an estimate: {name} is {found!r}, expected numbers from 0")

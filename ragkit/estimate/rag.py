@@ -148,8 +148,9 @@ def measure_ralt(trainer: RALTTrainer, steps: int, folder: Path, ours: bool) -> 
     each = max(1, min(config.top_k, len(system.retriever.store))) if config.context == "each" else 1
     plain = short(config, folder)
 
-    to_make = [*(_mixed(usable) if rows is None else []), *scored]
-    prepare = seconds_each(lambda part: RALTTrainer(system, part, plain).rows(), to_make)
+    # One after the other: a question may have the same id in both.
+    to_make = [_mixed(usable) if rows is None else [], scored]
+    prepare = sum(seconds_each(lambda part: RALTTrainer(system, part, plain).rows(), part) for part in to_make)
     wanted = 2 * steps * config.train.batch_size * config.train.gradient_accumulation_steps
     evaluates = bool(scored) and config.train.eval_steps is not None
     few = scored[: 2 * config.train.batch_size] if evaluates else []
