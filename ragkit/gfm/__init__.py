@@ -11,6 +11,8 @@ from ragkit.gfm.explain import explain
 from ragkit.gfm.link_evaluation import evaluate_links
 from ragkit.gfm.losses import bce_loss, link_prediction_loss, listce_loss, retrieval_loss
 from ragkit.gfm.model import GNNRetriever, QueryGNN
+from ragkit.gfm.neighbourhood import Neighbourhood, neighbourhood
+from ragkit.gfm.neighbourhood_drawing import draw_neighbourhood
 from ragkit.gfm.path_drawing import draw_paths
 from ragkit.gfm.paths import Explanation, Path, PathStep
 from ragkit.gfm.question_rows import QuestionError, QuestionReport
@@ -43,6 +45,7 @@ __all__ = [
     "GFMSettings",
     "GNNRetriever",
     "Incidence",
+    "Neighbourhood",
     "Path",
     "PathStep",
     "QueryGNN",
@@ -56,6 +59,7 @@ __all__ = [
     "as_retriever",
     "bce_loss",
     "corrupt",
+    "draw_neighbourhood",
     "draw_paths",
     "embed_relations",
     "entity_weights",
@@ -73,6 +77,7 @@ __all__ = [
     "make_linker",
     "mean_metrics",
     "merge_shards",
+    "neighbourhood",
     "relinked",
     "retrieval_loss",
     "save_gfm",

@@ -8,9 +8,9 @@ import textwrap
 import warnings
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ragkit.gfm.looks import DARK, FONT, FONTS, LIGHT, SVG, Look, text_width
 from ragkit.gfm.path_layout import Layout, lay_out
 from ragkit.gfm.path_picture import Edge, Node, clean, label_of, picture_graph, shorten
 from ragkit.optional import require
@@ -18,7 +18,6 @@ from ragkit.optional import require
 if TYPE_CHECKING:
     from ragkit.gfm.paths import Explanation
 
-FONT, FONTS = "DejaVu Sans", "'DejaVu Sans', Verdana, sans-serif"  # matplotlib's own, and what a browser may take
 NODE_SIZE, LABEL_SIZE, TITLE_SIZE = 9.0, 7.5, 10.0  # points
 LINE = 1.25  # of the font size
 PORT = 0.11  # inches between two edges at a node
@@ -26,31 +25,6 @@ STUB = 0.18  # level run at a node, so that arrowheads lie level
 MARGIN = 0.22
 TITLE_CHARS = 90
 ROUND = 0.2  # radius of a question entity's box
-SVG = "http://www.w3.org/2000/svg"
-
-
-@dataclass(frozen=True)
-class Look:
-    """Colours; those of the boxes and edges stay apart for colour-blind eyes (Okabe and Ito), on either ground."""
-
-    ground: str
-    text: str
-    faint: str
-    question: tuple[str, str]  # (face, edge)
-    between: tuple[str, str]
-    target: tuple[str, str]
-    raises: tuple[str, str]  # (least, most)
-    lowers: tuple[str, str]
-
-
-LIGHT = Look(
-    "#ffffff", "#1a1a1a", "#5c6670", ("#dceefb", "#0072b2"), ("#f5f6f7", "#7b8794"), ("#fdebc8", "#b36b00"),
-    ("#b4c7d6", "#005a8f"), ("#e3bda6", "#c04a00"),
-)  # fmt: skip
-DARK = Look(
-    "#16191d", "#f0f2f4", "#a9b4bf", ("#10374f", "#56b4e9"), ("#252a30", "#8b98a5"), ("#4a3408", "#f0b429"),
-    ("#3f5666", "#6cc3f5"), ("#6b4a38", "#ff8f4d"),
-)  # fmt: skip
 
 
 def draw_paths(explanation: Explanation, format: str = "svg", dark: bool = False) -> str | bytes:
@@ -102,7 +76,7 @@ def _figure(explanation: Explanation, look: Look) -> tuple[Any, dict[str, str]]:
     notes = [] if explanation.paths else textwrap.wrap(clean(explanation.note), TITLE_CHARS)
     top = len(heading) * TITLE_SIZE * LINE / 72 + 0.16
     bottom = 0.42 + len(notes) * NODE_SIZE * LINE / 72 + (0.14 if notes else 0)
-    widest = max(_width(line, TITLE_SIZE, line is heading[0]) for line in [*heading, *notes])
+    widest = max(text_width(line, TITLE_SIZE, line is heading[0]) for line in [*heading, *notes])
     inner = max(layout.width, widest, _legend_width(edges, explanation.target_kind))
     width, height = inner + 2 * MARGIN, layout.height + top + bottom + 2 * MARGIN
     figure = require("matplotlib.figure").Figure(figsize=(width, height), facecolor=look.ground)
@@ -130,17 +104,9 @@ def _figure(explanation: Explanation, look: Look) -> tuple[Any, dict[str, str]]:
 # ---- text and sizes ----
 
 
-def _width(text: str, size: float, bold: bool = False) -> float:
-    """Inches."""
-    properties = require("matplotlib.font_manager").FontProperties(
-        family=FONT, size=size, weight="bold" if bold else "normal"
-    )
-    return require("matplotlib.textpath").text_to_path.get_text_width_height_descent(text, properties, False)[0] / 72
-
-
 def _size(lines: Sequence[str], size: float, across: float, down: float) -> tuple[float, float]:
     """(width, height) in inches, with a margin on each side."""
-    return max(_width(line, size) for line in lines) + 2 * across, len(lines) * size * LINE / 72 + 2 * down
+    return max(text_width(line, size) for line in lines) + 2 * across, len(lines) * size * LINE / 72 + 2 * down
 
 
 def _node_size(node: Node) -> tuple[float, float]:
@@ -304,7 +270,7 @@ def _legend(edges: list[Edge], kind: str) -> list[tuple[str, str]]:
 
 
 def _legend_width(edges: list[Edge], kind: str) -> float:
-    return sum(0.62 + _width(text, LABEL_SIZE) for _, text in _legend(edges, kind)) - 0.23
+    return sum(0.62 + text_width(text, LABEL_SIZE) for _, text in _legend(edges, kind)) - 0.23
 
 
 def _draw_legend(axes: Any, edges: list[Edge], look: Look, kind: str) -> None:
@@ -320,7 +286,7 @@ def _draw_legend(axes: Any, edges: list[Edge], look: Look, kind: str) -> None:
         else:
             _box(axes, what, x + 0.16, y, 0.32, 0.17, look)
         _text(axes, x + 0.39, y, text, LABEL_SIZE, look.faint, ha="left")
-        x += 0.62 + _width(text, LABEL_SIZE)
+        x += 0.62 + text_width(text, LABEL_SIZE)
 
 
 # ---- SVG ----

@@ -1,0 +1,42 @@
+"""How pictures of graphs look: fonts, colours, and the width of a text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ragkit.optional import require
+
+FONT, FONTS = "DejaVu Sans", "'DejaVu Sans', Verdana, sans-serif"  # matplotlib's own, and what a browser may take
+SVG = "http://www.w3.org/2000/svg"
+
+
+@dataclass(frozen=True)
+class Look:
+    """Colours; those of the boxes and edges stay apart for colour-blind eyes (Okabe and Ito), on either ground."""
+
+    ground: str
+    text: str
+    faint: str
+    question: tuple[str, str]  # (face, edge)
+    between: tuple[str, str]
+    target: tuple[str, str]
+    raises: tuple[str, str]  # (least, most)
+    lowers: tuple[str, str]
+
+
+LIGHT = Look(
+    "#ffffff", "#1a1a1a", "#5c6670", ("#dceefb", "#0072b2"), ("#f5f6f7", "#7b8794"), ("#fdebc8", "#b36b00"),
+    ("#b4c7d6", "#005a8f"), ("#e3bda6", "#c04a00"),
+)  # fmt: skip
+DARK = Look(
+    "#16191d", "#f0f2f4", "#a9b4bf", ("#10374f", "#56b4e9"), ("#252a30", "#8b98a5"), ("#4a3408", "#f0b429"),
+    ("#3f5666", "#6cc3f5"), ("#6b4a38", "#ff8f4d"),
+)  # fmt: skip
+
+
+def text_width(text: str, size: float, bold: bool = False) -> float:
+    """Inches."""
+    properties = require("matplotlib.font_manager").FontProperties(
+        family=FONT, size=size, weight="bold" if bold else "normal"
+    )
+    return require("matplotlib.textpath").text_to_path.get_text_width_height_descent(text, properties, False)[0] / 72

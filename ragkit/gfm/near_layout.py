@@ -1,0 +1,99 @@
+"""Places for the boxes of a graph, so that what belongs together is near, and nothing overlaps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+ROUNDS = 240
+PAD = 9.0  # pixels between two boxes, at least
+ROOM = 3.2  # of the boxes' own area
+ASPECT = 1.7  # width to height
+
+
+def place(
+    sizes: Sequence[tuple[float, float]],
+    springs: Sequence[tuple[int, int]],
+    columns: Mapping[int, float],
+    seed: int = 0,
+) -> tuple[np.ndarray, float, float]:
+    """Lays boxes out by forces (Fruchterman and Reingold 1991), then moves them apart.
+
+    Places are rounded in every round, so that machines whose arithmetic differs in the last bit find the same ones.
+
+    Args:
+        sizes: (width, height) of n boxes, in pixels.
+        springs: Pairs of boxes that pull each other.
+        columns: Box -> where it is held, from 0 (left) to 1 (right).
+        seed: Of the places at first.
+
+    Returns:
+        [n, 2] centres, and width and height of all.
+    """
+    n = len(sizes)
+    box = np.array(sizes, float).reshape(n, 2)
+    if not n:
+        return box, 0.0, 0.0
+    area = ROOM * float(((box[:, 0] + PAD) * (box[:, 1] + PAD)).sum())
+    extent = np.array([math.sqrt(area * ASPECT), math.sqrt(area / ASPECT)])
+    at = _forces(n, springs, columns, seed)
+    low, high = at.min(0), at.max(0)
+    at = (at - low) / np.maximum(high - low, 1e-9) * np.maximum(extent - box.max(0), 1.0)
+    at = apart(at, box)
+    corner = (at - box / 2).min(0)
+    at = np.round(at - corner, 1)
+    width, height = (at + box / 2).max(0)
+    return at, float(width), float(height)
+
+
+def _forces(n: int, springs: Sequence[tuple[int, int]], columns: Mapping[int, float], seed: int) -> np.ndarray:
+    """[n, 2] places in about the unit square."""
+    at = np.round(np.random.default_rng(seed).random((n, 2)), 6)
+    held = np.array(sorted(columns), int)
+    wanted = np.array([columns[i] for i in held.tolist()])
+    at[held, 0] = wanted
+    pairs = np.array([pair for pair in springs if pair[0] != pair[1]], int).reshape(-1, 2)
+    k = math.sqrt(1.0 / n)
+    for step in range(ROUNDS):
+        gap = at[:, None] - at[None]  # [n, n, 2]
+        square = np.maximum((gap * gap).sum(2), 1e-6)
+        force = (gap * (k * k / square)[..., None]).sum(1)
+        if len(pairs):
+            along = at[pairs[:, 0]] - at[pairs[:, 1]]
+            pull = along * (np.sqrt((along * along).sum(1)) / k)[:, None]
+            np.add.at(force, pairs[:, 0], -pull)
+            np.add.at(force, pairs[:, 1], pull)
+        force += 0.6 * (0.5 - at)  # what hangs on nothing stays near
+        length = np.sqrt((force * force).sum(1))
+        most = 0.12 * (1 - step / ROUNDS) + 0.002
+        at = at + force * np.minimum(1.0, most / np.maximum(length, 1e-9))[:, None]
+        at[held, 0] += 0.7 * (wanted - at[held, 0])
+        at = np.round(at, 6)
+    return at
+
+
+def apart(at: np.ndarray, box: np.ndarray) -> np.ndarray:
+    """Moves boxes as little as need be, until none overlaps another; where that takes long, all spread a little."""
+    n = len(at)
+    need = (box[:, None] + box[None]) / 2 + PAD  # [n, n, 2]
+    at = at + np.linspace(0.0, 0.5, n)[:, None]  # no two at the same place
+    others = ~np.eye(n, dtype=bool)
+    for step in range(4000):
+        gap = at[:, None] - at[None]
+        over = need - np.abs(gap)  # [n, n, 2]
+        hit = (over > 0.05).all(2) & others
+        if not hit.any():
+            break
+        sign = np.where(
+            gap > 0, 1.0, np.where(gap < 0, -1.0, np.sign(np.arange(n)[:, None] - np.arange(n))[..., None])
+        )
+        by_x = over[..., 0] <= over[..., 1] * 1.6  # rather up and down: boxes are wide
+        move = np.stack([np.where(hit & by_x, over[..., 0], 0.0), np.where(hit & ~by_x, over[..., 1], 0.0)], 2)
+        shift = (sign * move).sum(1) / 2
+        at = at + np.clip(shift, -40.0, 40.0) * 0.9
+        if step % 40 == 39:
+            at = at * 1.04
+        at = np.round(at, 4)
+    return at
