@@ -33,7 +33,8 @@ class RunCallback(TrainerCallback):
     """Writes the events of a run, watches its stop flag and warns when nothing is being learned.
 
     Every logged step is one event: step, total, epoch, loss, learning_rate, grad_norm, elapsed and remaining (seconds;
-    elapsed goes on over resumes). Evaluations are events with the `eval_...` values.
+    elapsed goes on over resumes), on a GPU also gpu_mib (the most memory so far). Evaluations are events with the
+    `eval_...` values.
     """
 
     def __init__(self, run: Run, keep_checkpoints: int | None = None):
@@ -82,6 +83,8 @@ class RunCallback(TrainerCallback):
         left = state.max_steps - state.global_step
         remaining = (time.monotonic() - self._begin) / done * left if done else None
         event = {"step": state.global_step, "total": state.max_steps, "epoch": state.epoch, **values}
+        if args.device.type == "cuda":
+            event["gpu_mib"] = torch.cuda.max_memory_allocated(args.device) / 2**20
         self.run.log({**event, "elapsed": elapsed, "remaining": remaining})
         shown = " ".join(f"{name} {value:.4g}" for name, value in values.items() if isinstance(value, float | int))
         logger.info("step %d/%d %s", state.global_step, state.max_steps, shown)
