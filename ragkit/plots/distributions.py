@@ -52,7 +52,7 @@ def distributions(
         figure = new_figure(0.75 + rows * (0.7 + most * (0.09 + 0.105 * bars)))
         panels = figure.subplots(rows, columns, squeeze=False).ravel()
         for axes, question in zip(panels, shown, strict=False):
-            _draw_question(axes, question, direction, supporting or {}, 96 if columns == 1 else 50)
+            _draw_question(axes, question, direction, supporting or {}, 96 if columns == 1 else 44)
         for axes in panels[len(shown) :]:
             axes.set_visible(False)
         handles, labels = panels[0].get_legend_handles_labels()

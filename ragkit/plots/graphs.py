@@ -56,7 +56,8 @@ def degree_distribution(graph: Any) -> Plot:
             empty(axes, "there is no triple")
         else:
             _scales(axes, most)
-            _name_hub(axes, next(iter(graphs.values())), next(iter(degrees.values())))
+            if len(graphs) == 1:
+                _name_hub(axes, next(iter(graphs.values())), next(iter(degrees.values())))
             axes.legend(loc="upper right" if most > SMALL else "best")
         axes.set_xlabel("degree d (triple ends on an entity)" + (", log scale" if most > SMALL else ""))
         axes.set_ylabel("entities with degree ≥ d" + (", log scale" if most > SMALL else ""))
@@ -189,8 +190,10 @@ def _draw_relations(axes: Any, names: list[str], uses: np.ndarray, rest: int, ot
         axes.barh(len(names), rest, 0.78, **bar_look(3) | {"hatch": "////"})
         values.append(rest)
     for place, value in enumerate(values):
-        text = f" {value:,} ({figures(100 * value / total)} %)"
-        axes.text(value, place, text, va="center", ha="left", fontsize=8)
+        axes.annotate(
+            f"{value:,} ({figures(100 * value / total)} %)", (value, place), xytext=(4, 0), textcoords="offset points",
+            va="center", ha="left", fontsize=8,
+        )  # fmt: skip
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.set_xlim(0, 1.18 * max(values))

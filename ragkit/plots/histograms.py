@@ -108,9 +108,7 @@ def _draw(axes: Any, values: np.ndarray, edges: np.ndarray, share: bool, number:
     if number == 0:
         look = bar_look(1) | {"linewidth": 0.6}
         return axes.bar(edges[:-1], counts, np.diff(edges), align="edge", **look, label=name, gid="series-0")
-    look = line_look(number)
-    return axes.stairs(counts, edges, color=look["color"], linestyle=look["linestyle"], linewidth=2, label=name, zorder=3,
-                gid=f"series-{number}")  # fmt: skip
+    return axes.stairs(counts, edges, **line_look(number), linewidth=2, label=name, zorder=3, gid=f"series-{number}")
 
 
 def _words(every: Mapping[str, np.ndarray], kept: Mapping[str, np.ndarray], xlabel: str, unit: str) -> str:

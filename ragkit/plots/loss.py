@@ -43,7 +43,7 @@ def loss_curves(runs: Any, metric: str | Sequence[str] | None = None, ylabel: st
 
     Args:
         runs: A run, or label -> run. A run is a `Run`, a run folder, a `TrainResult`, or a list of events.
-        metric: Which evaluations to draw, with or without "eval_"; None: of one run up to three, of several runs
+        metric: Which evaluations to draw, with or without `eval_`; None: of one run up to three, of several runs
             one. "eval_loss" is drawn with the loss.
         ylabel: What the loss is, with its unit, for example "KL in nats".
 

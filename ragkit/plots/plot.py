@@ -10,7 +10,7 @@ from typing import Any
 
 from ragkit.files import atomic_write_text
 from ragkit.optional import require
-from ragkit.plots.style import drawing
+from ragkit.plots.style import drawing, one_line
 from ragkit.plots.svg import finish
 
 DPI = 100  # pixels an inch in a page
@@ -27,7 +27,7 @@ class Plot:
     that text, so the numbers of the picture are proven, though no two machines draw the same pixels.
 
     Attributes:
-        figure: The matplotlib `Figure`, without pyplot state.
+        figure: The matplotlib `Figure`, without pyplot state; its layout is fixed.
         alt: One or two sentences with the numbers that matter, to 2 or 3 digits.
         title: The name of the picture.
 
@@ -37,7 +37,12 @@ class Plot:
     """
 
     def __init__(self, figure: Any, alt: str, title: str) -> None:
-        self.figure, self.alt, self.title = figure, alt, title
+        self.figure, self.alt, self.title = figure, one_line(alt), one_line(title)
+        with drawing():
+            # Laid out once and for all: matplotlib moves the axes a little at each further drawing, and the same
+            # picture would have other bytes each time.
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")
 
     def __repr__(self) -> str:
         return self.alt

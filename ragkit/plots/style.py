@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import unicodedata
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -138,8 +139,11 @@ def listing(parts: Sequence[str]) -> str:
 
 
 def one_line(text: str) -> str:
-    """Without line breaks and characters that cannot be printed (an SVG may not hold them)."""
-    return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+    """Without line breaks, control characters and halves of characters (an SVG may not hold them)."""
+    return " ".join("".join(" " if unicodedata.category(c) in _NO_TEXT else c for c in str(text)).split())
+
+
+_NO_TEXT = ("Cc", "Cs", "Zl", "Zp")
 
 
 def cut(text: str, width: int) -> str:

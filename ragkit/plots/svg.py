@@ -16,6 +16,7 @@ THEME = {
     GROUND: "none",
 }
 FONTS = f"'{FONT}', Verdana, sans-serif"
+_CONTROL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f]")  # may not stand in XML
 _NUMBER = re.compile(r"-?\d+\.\d{3,}")
 _REFERENCE = re.compile(r"#([A-Za-z_][\w.-]*)")
 
@@ -32,7 +33,7 @@ def finish(raw: bytes, alt: str, title: str, themed: bool, prefix: str | None = 
     """
     ET.register_namespace("", SVG)
     ET.register_namespace("xlink", XLINK)
-    root = ET.fromstring(raw)
+    root = ET.fromstring(_CONTROL.sub(b"", raw))
     for child in list(root):
         if child.tag == f"{{{SVG}}}metadata":
             root.remove(child)
