@@ -148,7 +148,9 @@ MAKE = {
 }
 
 
-@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow) if "both" in k else k for k in MAKE])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=pytest.mark.slow) if "both" in k or "all" in k else k for k in MAKE]
+)
 def test_counts_are_those_of_the_training_and_nothing_is_touched(kind, make_system, tmp_path, capsys):
     trainer = MAKE[kind](make_system, tmp_path / "one")
     before, folders = state_of(trainer), sorted(path for path in tmp_path.rglob("*"))
@@ -195,6 +197,7 @@ def test_rows_that_are_there_cost_nothing_more(make_system):
     assert estimate(trainer).seconds["prepare"] == 0 and trainer.rows() is rows
 
 
+@pytest.mark.slow
 def test_scores_that_are_kept_are_read(make_system, monkeypatch, tmp_path):
     trainer = lsr(make_system())
     passes = []
