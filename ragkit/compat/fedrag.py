@@ -1,5 +1,7 @@
 """FedRAG's quick start with only its import lines changed.
 
+::
+
     from ragkit.compat.fedrag import (
         HFPretrainedModelGenerator, HFSentenceTransformerRetriever, HuggingFaceRAGTrainerManager,
         HuggingFaceTrainerForLSR, HuggingFaceTrainerForRALT, InMemoryKnowledgeStore, KnowledgeNode, NodeType,

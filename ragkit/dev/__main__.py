@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+from ragkit.dev.docs import DocsError, build
 from ragkit.dev.execute import NotebookError, execute, find
 from ragkit.tables import text_table
 
-USAGE = "python -m ragkit.dev execute [NUMBER ...]   runs notebooks (all, or 03 05 ...), stores them in one form"
+USAGE = """python -m ragkit.dev COMMAND
+
+  execute [NUMBER ...]   runs notebooks (all, or 03 05 ...) and stores them in one form
+  docs [--out FOLDER]    builds the documentation site (site/) and checks its links"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -16,8 +21,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["execute"]:
         return _execute(given[1:])
+    if given[:1] == ["docs"] and (len(given) == 1 or (len(given) == 3 and given[1] == "--out")):
+        return _docs(Path(given[2] if len(given) == 3 else "site"))
     print(USAGE)
     return 0 if given[:1] in (["-h"], ["--help"]) else 2
+
+
+def _docs(out: Path) -> int:
+    try:
+        print(build(out))
+    except DocsError as error:
+        print(f"ragkit.dev: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def _execute(names: Sequence[str]) -> int:

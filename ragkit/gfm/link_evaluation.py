@@ -33,7 +33,7 @@ def evaluate_links(
 
     That is the mean of the best and the worst rank that the ties allow, so a model that scores everything alike does
     not look good (nor, as in GFM-RAG v1, which counts ties as worse, the worst). v1 also ranks training triples, and
-    hides the easy edges in evaluation: where each entity is a candidate, those are all edges (head, relation, *) of
+    hides the easy edges in evaluation: where each entity is a candidate, those are all edges `(head, relation, *)` of
     the question. Here the triples are held out, and every edge of `graph` stays.
 
     Args:

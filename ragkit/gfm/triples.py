@@ -249,7 +249,7 @@ def hold_out(graph: KnowledgeGraph, share: float, seed: int, most: int | None = 
     Returns:
         keep: [T] bool, False at each copy of a held-out fact; `graph.with_triples(keep)` is the training graph.
         held: [V, 3] int64, each fact once, in the graph's order. Where too few facts can be spared V is less than
-            asked for, and a warning says so.
+        asked for, and a warning says so.
 
     Raises:
         ValueError: A share out of range, or a negative `most`.

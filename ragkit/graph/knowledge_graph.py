@@ -101,7 +101,7 @@ class KnowledgeGraph:
 
     @property
     def relation_texts(self) -> list[str]:
-        """2R texts to embed: the relations, then each once more with "inverse_" before it."""
+        """2R texts to embed: the relations, then each once more with `inverse_` before it."""
         names = list(self.relations)
         return names + [f"inverse_{name}" for name in names]
 

@@ -59,6 +59,7 @@ def load_corpus(source: Any) -> list[Passage]:
 
     Args:
         source: One of
+
             - `"small_world"`: the corpus that comes with ragkit;
             - a folder in the GFM-RAG layout (`raw/dataset_corpus.json`), or one that holds `dataset_corpus.json`;
             - a `.json` file (`{title: text}`, a list of texts or a list of rows) or a `.jsonl` file (one row a line);

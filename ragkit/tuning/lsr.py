@@ -101,7 +101,7 @@ class LSRTrainer(SystemTrainer):
     """Trains the retriever of a RAG system from its own language model.
 
     For each training question q with response y, the K passages d that the *initial* retriever finds are scored once
-    by the (frozen) language model, each alone in the prompt: log p_LM(y | d, q). Then
+    by the (frozen) language model, each alone in the prompt: `log p_LM(y | d, q)`. Then::
 
         minimise  KL( P_R(·|q) ‖ Q_LM(·|q,y) ),   P_R = softmax_d(s(q,d)/γ),   Q_LM = softmax_d(log p_LM(y|d,q)/β)
 

@@ -43,7 +43,7 @@ def lsr_loss(
 ) -> Tensor:
     """KL divergence between what the retriever prefers and what the language model finds useful.
 
-    For each question (a row), over its K passages:
+    For each question (a row), over its K passages::
 
         P_R(d)  = softmax_d(scores / gamma)       the retriever's distribution; the gradient goes here only
         Q_LM(d) = softmax_d(lm_scores / beta)     the teacher's; `lm_scores` is detached
