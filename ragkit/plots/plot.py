@@ -41,7 +41,8 @@ class Plot:
         with drawing():
             # Laid out once and for all: matplotlib moves the axes a little at each further drawing, and the same
             # picture would have other bytes each time.
-            figure.draw_without_rendering()
+            for _ in range(2):  # the ticks of the first pass are those of axes of another size
+                figure.draw_without_rendering()
             figure.set_layout_engine("none")
 
     def __repr__(self) -> str:

@@ -59,6 +59,7 @@ def drawing() -> Iterator[None]:
         "hatch.color": INK,
         "hatch.linewidth": 0.6,
         "figure.facecolor": GROUND,
+        "figure.constrained_layout.w_pad": 0.08,
         "legend.frameon": False,
         "legend.fontsize": SIZE - 1,
         "legend.handlelength": 2.6,
