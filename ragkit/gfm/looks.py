@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ragkit.optional import require
 
@@ -34,6 +35,7 @@ DARK = Look(
 )  # fmt: skip
 
 
+@lru_cache(maxsize=8192)
 def text_width(text: str, size: float, bold: bool = False) -> float:
     """Inches."""
     properties = require("matplotlib.font_manager").FontProperties(

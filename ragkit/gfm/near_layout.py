@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 ROUNDS = 240
-PAD = 9.0  # pixels between two boxes, at least
-ROOM = 3.2  # of the boxes' own area
+PAD = 13.0  # pixels between two boxes, at least; an arrow's head must fit
+ROOM = 3.4  # of the boxes' own area
 ASPECT = 1.7  # width to height
 
 
@@ -57,9 +57,10 @@ def _forces(n: int, springs: Sequence[tuple[int, int]], columns: Mapping[int, fl
     pairs = np.array([pair for pair in springs if pair[0] != pair[1]], int).reshape(-1, 2)
     k = math.sqrt(1.0 / n)
     for step in range(ROUNDS):
-        gap = at[:, None] - at[None]  # [n, n, 2]
-        square = np.maximum((gap * gap).sum(2), 1e-6)
-        force = (gap * (k * k / square)[..., None]).sum(1)
+        x, y = at[:, 0], at[:, 1]
+        across, down = x[:, None] - x, y[:, None] - y  # [n, n]
+        push = k * k / np.maximum(across * across + down * down, 1e-6)
+        force = np.stack([(across * push).sum(1), (down * push).sum(1)], 1)
         if len(pairs):
             along = at[pairs[:, 0]] - at[pairs[:, 1]]
             pull = along * (np.sqrt((along * along).sum(1)) / k)[:, None]
@@ -78,20 +79,20 @@ def apart(at: np.ndarray, box: np.ndarray) -> np.ndarray:
     """Moves boxes as little as need be, until none overlaps another; where that takes long, all spread a little."""
     n = len(at)
     need = (box[:, None] + box[None]) / 2 + PAD  # [n, n, 2]
+    wide, high = need[..., 0].copy(), need[..., 1].copy()
     at = at + np.linspace(0.0, 0.5, n)[:, None]  # no two at the same place
     others = ~np.eye(n, dtype=bool)
     for step in range(4000):
-        gap = at[:, None] - at[None]
-        over = need - np.abs(gap)  # [n, n, 2]
-        hit = (over > 0.05).all(2) & others
-        if not hit.any():
+        x, y = at[:, 0], at[:, 1]
+        across, down = x[:, None] - x, y[:, None] - y  # [n, n]
+        one, two = np.nonzero((np.abs(across) < wide - 0.05) & (np.abs(down) < high - 0.05) & others)
+        if not len(one):
             break
-        sign = np.where(
-            gap > 0, 1.0, np.where(gap < 0, -1.0, np.sign(np.arange(n)[:, None] - np.arange(n))[..., None])
-        )
-        by_x = over[..., 0] <= over[..., 1] * 1.6  # rather up and down: boxes are wide
-        move = np.stack([np.where(hit & by_x, over[..., 0], 0.0), np.where(hit & ~by_x, over[..., 1], 0.0)], 2)
-        shift = (sign * move).sum(1) / 2
+        gap = np.stack([across[one, two], down[one, two]], 1)  # [hits, 2]
+        over = need[one, two] - np.abs(gap)
+        by_x = over[:, 0] <= over[:, 1] * 1.6  # rather up and down: boxes are wide
+        move = over * np.stack([by_x, ~by_x], 1) * np.where(gap == 0, np.sign(one - two)[:, None], np.sign(gap)) / 2
+        shift = np.stack([np.bincount(one, move[:, axis], n) for axis in (0, 1)], 1)
         at = at + np.clip(shift, -40.0, 40.0) * 0.9
         if step % 40 == 39:
             at = at * 1.04

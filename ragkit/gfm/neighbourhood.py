@@ -28,6 +28,7 @@ ROLES = {
     "path": "on a path",
     "other": "near them",
 }
+MOST_STARTS = 6  # names of them in a title
 NAME_CHARS, PATH_CHARS = 40, 160  # of names and paths in tables
 TABLE_ROWS = 40  # nodes that the text lists with all they have; more are named only
 
@@ -62,6 +63,17 @@ class Neighbourhood:
     note: str = ""
 
     @property
+    def title(self) -> str:
+        """The question, or what the graph is looked at around."""
+        names = [node.name for node in self.nodes if node.role == "question"]
+        return self.question or "Around " + ", ".join(names[:MOST_STARTS]) + ("\u2026" if names[MOST_STARTS:] else "")
+
+    @property
+    def role_words(self) -> dict[str, str]:
+        """What the roles of the nodes are called."""
+        return ROLES if self.question else {**ROLES, "question": "where it starts"}
+
+    @property
     def summary(self) -> str:
         """How much of the graph this is, in a sentence."""
         text = f"{_count(len(self.nodes), 'entity', 'entities')} and {_count(len(self.edges), 'edge', 'edges')}"
@@ -72,12 +84,11 @@ class Neighbourhood:
     @property
     def description(self) -> str:
         """The picture in words, for those who cannot see it."""
+        parts = [f"{self.title}: graph of {self.summary}."]
         asked = [node.name for node in self.nodes if node.role == "question"]
-        parts = [f"Graph of {self.summary}."]
-        if self.question:
-            parts.append(f"Question: {self.question}")
-        if asked:
-            parts.append(f"It starts from {', '.join(asked[:8])}{' and others' if len(asked) > 8 else ''}.")
+        if self.question and asked:
+            more = " and others" if len(asked) > MOST_STARTS else ""
+            parts.append(f"It starts from {', '.join(asked[:MOST_STARTS])}{more}.")
         if self.explanation is not None:
             parts.append(f"Scored: {self.explanation.title}.")
             if self.paths:
@@ -92,9 +103,16 @@ class Neighbourhood:
         on_path = tuple(edge for edge in self.edges if edge.paths and {edge.head, edge.tail} <= ids)
         return replace(self, nodes=kept, edges=on_path, left_out=self.left_out + len(self.nodes) - len(kept))
 
-    def draw(self, format: str = "svg", dark: bool = False, themed: bool = False, seed: int = 0) -> str | bytes:
+    def draw(
+        self,
+        format: str = "svg",
+        dark: bool = False,
+        themed: bool = False,
+        seed: int = 0,
+        tooltips: bool = True,
+    ) -> str | bytes:
         """The picture; see `ragkit.gfm.draw_neighbourhood`."""
-        return draw_neighbourhood(self, format, dark, themed, seed)
+        return draw_neighbourhood(self, format, dark, themed, seed, tooltips)
 
     def save(self, path: str | FilePath, dark: bool = False) -> FilePath:
         """Writes the picture atomically.
@@ -130,12 +148,12 @@ class Neighbourhood:
                 place = str(number) if number in self.paths else f"{number} (not drawn)"
                 rows.append((shorten(str(path), PATH_CHARS), place, f"{path.weight:.3g}"))
             found.append((f"Paths to {shorten(self.explanation.title, 90)}", [("path", "number", "weight"), *rows]))
-        found.append(("In the picture", [NODE_HEAD, *(_node_row(node) for node in self.nodes)]))
+        nodes = [_node_row(node, self.role_words[node.role]) for node in self.nodes]
+        found.append(("In the picture", [NODE_HEAD, *nodes]))
         return found
 
     def __str__(self) -> str:
-        lines = [f"question: {self.question}"] if self.question else []
-        lines.append(self.summary)
+        lines = [self.title, self.summary]
         if self.note:
             lines.append(self.note)
         for title, rows in self.tables():
@@ -160,17 +178,17 @@ class Neighbourhood:
         return "".join(parts)
 
     def _repr_html_(self) -> str:
-        return f"<div>{self.draw(themed=True)}{self.tables_html()}</div>"
+        return f"<div>{self.draw(themed=True)!s}{self.tables_html()}</div>"
 
 
 NODE_HEAD = ("name", "no.", "role", "score", "rank", "degree", "documents")
 
 
-def _node_row(node: NearNode) -> tuple[str, ...]:
+def _node_row(node: NearNode, role: str) -> tuple[str, ...]:
     return (
         shorten(node.name, NAME_CHARS),
         str(node.number),
-        ROLES[node.role],
+        role,
         "-" if node.score is None else f"{node.score:.3g}",
         "-" if node.rank is None else f"{node.rank:,}",
         f"{node.degree:,}",

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ragkit.gfm.near_nodes import NearEdge, NearNode
     from ragkit.gfm.neighbourhood import Neighbourhood
 
-ALL_NAMED = 30  # nodes; of more, only so many have their names in the picture
+ALL_NAMED = 40  # nodes; of more, only so many have their names in the picture
 ALL_LABELLED = 24  # edges; of more, only those on paths have their relations in the picture
 NAME_CHARS, NAME_LINES, LABEL_CHARS, LABEL_LINES = 20, 2, 24, 2
 NAME, LABEL, SMALL, TITLE = 12.0, 10.5, 8.5, 14.0  # pixels
@@ -24,24 +24,24 @@ LINE = 1.25
 RADIUS = 10.0  # of a numbered circle
 MARGIN = 16.0
 LEAST_WIDTH = 640.0
+AROUND = 9.0  # pixels of a line that show on each side of its label
 DASHES: tuple[tuple[float, ...], ...] = ((), (10, 4), (3, 3), (10, 3, 3, 3), (16, 4, 3, 4))
 DASH_WORDS = ("solid", "dashed", "dotted", "dash and dot", "long dash and dot")
-ROLE_WORDS = {
-    "question": "entity of the question",
-    "answer": "what was scored",
-    "path": "on a path",
-    "other": "near them",
-}
 
 
 def draw_neighbourhood(
-    neighbourhood: Neighbourhood, format: str = "svg", dark: bool = False, themed: bool = False, seed: int = 0
+    neighbourhood: Neighbourhood,
+    format: str = "svg",
+    dark: bool = False,
+    themed: bool = False,
+    seed: int = 0,
+    tooltips: bool = True,
 ) -> str | bytes:
     """Draws a neighbourhood.
 
     The question's entities have round ends and stand on the left, what was scored has a double line and stands on the
     right, what is on a path has points. Each path has a number and a kind of line of its own, thick; all other triples
-    are thin. Arrows go from head to tail. Up to 30 entities have their names in the picture; of more, the others are
+    are thin. Arrows go from head to tail. Up to 40 entities have their names in the picture; of more, the others are
     circles with numbers, which the tables explain. The tooltips tell everything. The same neighbourhood gives the same
     bytes (with one version of matplotlib, which measures the texts).
 
@@ -51,6 +51,7 @@ def draw_neighbourhood(
         dark: For a dark page.
         themed: An SVG in the colours of the page that it stands in, see-through; `dark` does not count then.
         seed: Of the layout.
+        tooltips: Whether an SVG has some; without it is smaller, and as an `<img>` it shows none.
 
     Returns:
         The SVG as text, or the PNG's bytes.
@@ -66,7 +67,8 @@ def draw_neighbourhood(
     if format == "png":
         return to_png(drawing.groups, size, _colors(dark))
     colors = THEMED if themed else _colors(dark)
-    return to_svg(drawing.groups, size, colors, neighbourhood.description)
+    groups = drawing.groups if tooltips else [Group(group.marks) for group in drawing.groups]
+    return to_svg(groups, size, colors, neighbourhood.description)
 
 
 # Colours that can be seen on light and on dark ground, the page's where it has names for them.
@@ -173,13 +175,15 @@ class Drawing:
 
     def _lay_out(self, seed: int) -> tuple[float, float]:
         boxes = [*self.nodes, *self.labels.values()]
+        sizes = [(box.width, box.height) for box in self.nodes]
+        sizes += [(box.width + 2 * AROUND, box.height + AROUND) for box in self.labels.values()]
         springs: list[tuple[int, int]] = []
         middle = {edge: len(self.nodes) + number for number, edge in enumerate(self.labels)}
         for place_, edge in enumerate(self.of.edges):
             head, tail = self.at[edge.head], self.at[edge.tail]
             between = middle.get(place_)
             springs += [(head, tail)] if between is None else [(head, between), (between, tail)]
-        places, width, height = place([(b.width, b.height) for b in boxes], springs, self._columns(middle), seed)
+        places, width, height = place(sizes, springs, self._columns(middle), seed)
         for box, (x, y) in zip(boxes, places.tolist(), strict=True):
             box.x, box.y = x, y
         return width, height
@@ -209,7 +213,7 @@ class Drawing:
     # ---- nodes ----
 
     def _node(self, box: Box, node: NearNode) -> Group:
-        group = Group(_outline(box, node.role), _node_title(node))
+        group = Group(_outline(box, node.role), _node_title(node, self.of.role_words[node.role]))
         for number, line in enumerate(box.lines):
             y = box.y + (number - (len(box.lines) - 1) / 2) * NAME * LINE
             size = NAME if box.named else SMALL
@@ -289,8 +293,7 @@ class Drawing:
 
     def _heading(self, width: float) -> Block:
         block = Block()
-        if self.of.question:
-            block.line(Words(0, 0, _fit(self.of.question, width, TITLE, True), TITLE, "outside", "start", True))
+        block.line(Words(0, 0, _fit(self.of.title, width, TITLE, True), TITLE, "outside", "start", True))
         if self.of.explanation is not None:
             text = f"scored: {self.of.explanation.title}"
             block.line(Words(0, 0, _fit(text, width, NAME), NAME, "outside", "start"))
@@ -303,9 +306,8 @@ class Drawing:
         block = Block()
         block.height = 14
         x, row = 0.0, LABEL * LINE + 8
-        entries: list[tuple[str, str]] = [
-            (r, w) for r, w in ROLE_WORDS.items() if any(n.role == r for n in self.of.nodes)
-        ]
+        roles = {node.role for node in self.of.nodes}
+        entries = [(role, words) for role, words in self.of.role_words.items() if role in roles]
         if any(not box.named for box in self.nodes):
             entries.append(("circle", "number: see the table"))
         if any(not edge.paths for edge in self.of.edges):
@@ -416,8 +418,8 @@ def _border(box: Box, towards: tuple[float, float]) -> tuple[float, float]:
     return clip((box.x, box.y), (box.width + 5, box.height + 5), towards, circle=not box.named)
 
 
-def _node_title(node: NearNode) -> str:
-    lines = [f"{node.number}: {clean(node.name)} ({ROLE_WORDS[node.role]})"]
+def _node_title(node: NearNode, role: str) -> str:
+    lines = [f"{node.number}: {clean(node.name)} ({role})"]
     if node.score is not None:
         lines.append(f"score {node.score:.3g}, place {node.rank:,} of all entities")
     if node.paths:

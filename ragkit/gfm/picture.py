@@ -127,7 +127,8 @@ def to_png(groups: Iterable[Group], size: tuple[float, float], colors: Mapping[s
     """
     matplotlib = require("matplotlib", extra="notebooks")
     file = io.BytesIO()
-    with matplotlib.rc_context({"font.family": FONT}), warnings.catch_warnings():
+    settings = {"font.family": FONT, "lines.scale_dashes": False}
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")
         width, height = (round(value) for value in size)
         figure = require("matplotlib.figure").Figure(figsize=(width / 72, height / 72), facecolor=colors["paper"])
@@ -161,7 +162,8 @@ def _png_mark(axes: Any, mark: Shape | Words, colors: Mapping[str, str], place: 
         return
     Path = require("matplotlib.path").Path
     kinds = {"M": [Path.MOVETO], "L": [Path.LINETO], "Q": [Path.CURVE3] * 2, "C": [Path.CURVE4] * 3}
-    vertices, codes = [], []
+    vertices: list[tuple[float, float]] = []
+    codes: list[Any] = []
     for step in mark.steps:
         if step[0] == "Z":
             vertices.append(vertices[-1])
