@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import unicodedata
+import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -37,8 +39,13 @@ DARK = Look(
 
 @lru_cache(maxsize=8192)
 def text_width(text: str, size: float, bold: bool = False) -> float:
-    """Inches."""
+    """Inches, for a size in points; a character as wide as it is high (Chinese, emoji) counts as a square."""
+    squares = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
+    text = "".join(c for c in text if unicodedata.east_asian_width(c) not in "WF") if squares else text
     properties = require("matplotlib.font_manager").FontProperties(
         family=FONT, size=size, weight="bold" if bold else "normal"
     )
-    return require("matplotlib.textpath").text_to_path.get_text_width_height_descent(text, properties, False)[0] / 72
+    measure = require("matplotlib.textpath").text_to_path.get_text_width_height_descent
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the reader's browser has the fonts
+        return (measure(text, properties, False)[0] + squares * size) / 72

@@ -355,8 +355,9 @@ def around(
         notes.append(f"{total - len(found.paths)} of {total} paths do not fit into {max_nodes} nodes.")
     if found.missing_starts:
         notes.append(f"{found.missing_starts} entities of the question do not fit into {max_nodes} nodes.")
+    known = scores if scores is not None else explanation
     return Neighbourhood(
-        question=scores.question if scores is not None else "",
+        question=known.question if known is not None else "",
         nodes=found.nodes,
         edges=found.edges,
         entities=scores.entities if scores is not None else (),
