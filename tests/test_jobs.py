@@ -145,7 +145,7 @@ def test_a_command_that_fails_at_once(own, jobs):
 @pytest.mark.slow
 def test_a_job_outlives_its_notebook_stops_and_goes_on_as_unbroken(own, jobs, tmp_path):
     """One Python process starts it and is gone; another watches, stops and resumes it."""
-    config = own(steps=60, name="one")
+    config = own(steps=400, name="one")
     (tmp_path / "one.yaml").write_text(config.to_yaml())
     code = (
         "from ragkit.config import RALTConfig, load_config; from ragkit.jobs import Job;"
@@ -164,7 +164,7 @@ def test_a_job_outlives_its_notebook_stops_and_goes_on_as_unbroken(own, jobs, tm
     job.stop()
     assert job.wait(60)
     state = job.status()
-    assert state.name == "stopped" and 2 < state.step < 60
+    assert state.name == "stopped" and 2 < state.step < 400
     assert job.run.last_checkpoint().name == f"checkpoint-{state.step}"
     assert any(line.startswith("stopped at step") for line in job.log())
     os.chdir("/")  # the settings' paths are relative to where it was started
@@ -174,10 +174,10 @@ def test_a_job_outlives_its_notebook_stops_and_goes_on_as_unbroken(own, jobs, tm
     job.resume()
     assert job.wait(180) and job.status().name == "finished", job.log()
     os.chdir(tmp_path)
-    whole = Job.start(own(steps=60, name="whole"))
+    whole = Job.start(own(steps=400, name="whole"))
     jobs.append(whole)
     assert whole.wait(180)
-    assert losses(job.run) == losses(whole.run) and len(losses(job.run)) == 60
+    assert losses(job.run) == losses(whole.run) and len(losses(job.run)) == 400
     assert (job.run.dir / "evaluation.json").exists()
     assert latest("runs").name == "whole" and latest("runs", "lsr") is None
 

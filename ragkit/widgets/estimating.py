@@ -18,7 +18,7 @@ from ragkit.estimate import Estimate, estimate
 from ragkit.files import atomic_write_text
 from ragkit.run_state import one_line
 from ragkit.widgets.base import TEXT, error_html
-from ragkit.widgets.run_view import quiet_html
+from ragkit.widgets.run_view import quiet_html, table_html
 from ragkit.widgets.thread_run import quiet
 
 MAKING = "Estimating: a few real steps are made in a temporary folder; this takes as long as loading the models."
@@ -36,11 +36,13 @@ class Estimating:
         self._thread: threading.Thread | None = None
         self._process: subprocess.Popen[str] | None = None
         self._cancelled = False
+        self._made = threading.Event()
+        self._made.set()
 
     @property
     def busy(self) -> bool:
         """Whether one is being made."""
-        return self._thread is not None and self._thread.is_alive()
+        return not self._made.is_set()
 
     def of_config(self, command: str, config: Config) -> None:
         """Estimates a command in a process of its own."""
@@ -52,23 +54,26 @@ class Estimating:
 
     def cancel(self) -> None:
         """Ends it, because the training itself begins; one of a trainer is waited for, as it works on its model."""
-        thread, process = self._thread, self._process
-        if not self.busy or thread is None:
+        if not self.busy:
             return
         self._cancelled = True
-        if process is not None:
-            process.kill()
-        thread.join()
+        while not self._made.wait(0.05):
+            process = self._process
+            if process is not None:
+                process.kill()
+        self._show("")
 
     def wait(self) -> None:
-        """Waits until it is made."""
-        if self._thread is not None:
-            self._thread.join()
+        """Waits until it is made and shown."""
+        thread = self._thread
+        if thread is not None:
+            thread.join()
 
     def _start(self, make: Callable[[], Estimate]) -> None:
         if self.busy:
             return
         self._cancelled = False
+        self._made.clear()
         self._thread = threading.Thread(target=self._work, args=(make,), name="ragkit estimate", daemon=True)
         self._show(quiet_html(MAKING))
         self._thread.start()
@@ -78,14 +83,17 @@ class Estimating:
         try:
             with quiet(lambda line: None):
                 found = make()
-            html = f'<div style="color: {TEXT}; line-height: 1.4">{found._repr_html_()}</div>'
+            html = f'<div style="color: {TEXT}; line-height: 1.4">{table_html(found)}</div>'
         except BaseException as error:
             ours = explain(error) if isinstance(error, Exception) else None
             html = error_html(f"there is no estimate: {ours or one_line(error)}")
         finally:
-            self._process, self._thread = None, None
-            with suppress(Exception):  # the front end may be gone
-                self._show("" if self._cancelled else html)
+            self._process = None
+            # Before it is shown: who cancels holds the panel, which the showing waits for.
+            self._made.set()
+            if not self._cancelled:
+                with suppress(Exception):  # the front end may be gone
+                    self._show(html)
 
     def _ask(self, command: str, config: Config) -> Estimate:
         with tempfile.TemporaryDirectory() as folder:

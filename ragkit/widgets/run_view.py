@@ -155,8 +155,14 @@ def tables_html(tables: Mapping[str, Comparison]) -> str:
     for name, table in tables.items():
         title = "Before and after the training" + (f": {name}" if name else "")
         parts.append(f'<div style="color: {TEXT}; line-height: 1.4"><b>{escape(title)}</b></div>')
-        cells = table._repr_html_()
-        for cell in ("th", "td"):  # a widget has no style sheet for tables
-            cells = cells.replace(f"<{cell}>", f'<{cell} style="padding: 1px 10px; text-align: right">')
+        cells = table_html(table, "right")
         parts.append(f'<div style="color: {TEXT}; overflow-x: auto; line-height: 1.4">{cells}</div>')
     return "".join(parts)
+
+
+def table_html(table: Any, align: str = "left") -> str:
+    """What an object shows in Jupyter, with room between its cells: a widget has no style sheet for tables."""
+    html = str(table._repr_html_())
+    for cell in ("th", "td"):
+        html = html.replace(f"<{cell}>", f'<{cell} style="padding: 1px 10px; text-align: {align}">')
+    return html

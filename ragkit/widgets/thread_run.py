@@ -219,22 +219,31 @@ def quiet(add: Callable[[str], None]) -> Iterator[None]:
         yield
 
 
+_takers: dict[int, Callable[[str], None]] = {}  # who takes the warnings of a thread
+_shown_before: list[Any] = []  # the `warnings.showwarning` that ours stands in for
+
+
+def _show_warning(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
+    add = _takers.get(threading.get_ident())
+    if add is not None:
+        add(f"warning: {one_line(message) if isinstance(message, Warning) else message}")
+    else:
+        _shown_before[0](message, category, filename, lineno, file, line)
+
+
 @contextmanager
 def _warnings_to(add: Callable[[str], None]) -> Iterator[None]:
-    mine, before = threading.get_ident(), warnings.showwarning
-
-    def show(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
-        if threading.get_ident() == mine:
-            add(f"warning: {one_line(message) if isinstance(message, Warning) else message}")
-        else:
-            before(message, category, filename, lineno, file, line)
-
-    warnings.showwarning = show
+    if warnings.showwarning is not _show_warning:
+        _shown_before[:] = [warnings.showwarning]
+        warnings.showwarning = _show_warning
+    _takers[threading.get_ident()] = add
     try:
         yield
     finally:
-        if warnings.showwarning is show:
-            warnings.showwarning = before
+        # Another thread's `catch_warnings` may put ours back afterwards: without takers it does what was before.
+        del _takers[threading.get_ident()]
+        if not _takers and warnings.showwarning is _show_warning:
+            warnings.showwarning = _shown_before[0]
 
 
 @contextmanager

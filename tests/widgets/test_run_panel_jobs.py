@@ -81,7 +81,7 @@ def test_a_name_that_is_taken_and_a_folder_that_is_a_file(tmp_path, monkeypatch)
 
 @pytest.mark.slow
 def test_start_watch_stop_resume_and_the_table(own, panels, tmp_path):
-    panel = RunPanel(own(steps=60))
+    panel = RunPanel(own(steps=400))
     panels.append(panel)
     panel.start_button.click()
     assert panel.state == "starting" and panel.stop_button.disabled is False
@@ -100,10 +100,10 @@ def test_start_watch_stop_resume_and_the_table(own, panels, tmp_path):
     assert "CPU, 1 thread" in panel.display.machine.value and "use it: python -m ragkit" in panel.display.where.value
     assert "Before and after the training" in panel.display.tables.value and panel.table.labels == ["before", "after"]
     assert "<svg" in panel.display.picture.value and "loss" in panel.plot().alt
-    whole = RunPanel(own(steps=60))
+    whole = RunPanel(own(steps=400))
     panels.append(whole)
-    assert whole.run()["steps"] == 60
-    assert losses(panel) == losses(whole) and len(losses(whole)) == 60
+    assert whole.run()["steps"] == 400
+    assert losses(panel) == losses(whole) and len(losses(whole)) == 400
 
 
 @pytest.mark.slow
