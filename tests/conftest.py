@@ -38,7 +38,15 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
-LONGEST = ("test_notebooks.py", "test_proof.py", "test_quickstart.py", "test_commands.py", "test_gfm_commands.py")
+LONGEST = (
+    "test_notebooks.py",
+    "test_lab.py",
+    "test_proof.py",
+    "test_quickstart.py",
+    "test_docs.py",
+    "test_commands.py",
+    "test_gfm_commands.py",
+)
 
 TEXTS = [
     "Passage: Lima is the capital of Peru.\nQuestion: What is the capital of Peru?\nAnswer: Lima",
