@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import nbformat
 import pytest
 
-from ragkit.dev.execute import badge, repository
+from ragkit.dev.execute import badge, check, repository
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -104,13 +102,6 @@ def test_a_form_has_its_code_twin(path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_notebook_gives_what_it_stores(path, tmp_path):
+def test_notebook_gives_what_it_stores(path):
     """nbval runs it in a kernel of this environment, in a folder of its own, and compares the outputs cell by cell."""
-    copy = tmp_path / path.name
-    copy.write_bytes(path.read_bytes())
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]
-    command += ["-c", str(tmp_path / "none.ini"), "--nbval", "--nbval-current-env", "--nbval-cell-timeout=600"]
-    command += [f"--nbval-sanitize-with={ROOT / 'tests' / 'nbval_sanitize.cfg'}", str(copy)]
-    (tmp_path / "none.ini").write_text("[pytest]\n", encoding="utf-8")
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1800)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    check(path)

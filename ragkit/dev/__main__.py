@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ragkit.dev.docs import DocsError, build
-from ragkit.dev.execute import NotebookError, execute, find
+from ragkit.dev.execute import NotebookError, check, execute, find
 from ragkit.tables import text_table
 
 USAGE = """python -m ragkit.dev COMMAND
 
-  execute [NUMBER ...]   runs notebooks (all, or 03 05 ...) and stores them in one form
-  docs [--out FOLDER]    builds the documentation site (site/) and checks its links"""
+  execute [--check] [NUMBER ...]   runs notebooks (all, or 03 05 ...) and stores them in one form; with --check nothing
+                                   is stored, and what they print must be what they store
+  docs [--out FOLDER]              builds the documentation site (site/) and checks its links"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,17 +38,30 @@ def _docs(out: Path) -> int:
 
 
 def _execute(names: Sequence[str]) -> int:
-    rows = [["notebook", "seconds", "cells", "kB"]]
+    only_check = "--check" in names
+    rows = [["notebook", "seconds", "cells", "kB", "peak MB"]]
+    failed = 0
     try:
-        for path in find(names):
-            done = execute(path)
-            rows.append([path.stem, f"{done.seconds:.0f}", str(done.cells), f"{done.size / 1000:.0f}"])
-            print(f"{path.stem}: {done.seconds:.0f} s", flush=True)
+        paths = find([name for name in names if name != "--check"])
     except NotebookError as error:
         print(f"ragkit.dev: {error}", file=sys.stderr)
-        return 1
-    print(text_table(rows))
-    return 0
+        return 2
+    for path in paths:
+        try:
+            if only_check:
+                check(path)
+                print(f"{path.stem}: prints what it stores", flush=True)
+            else:
+                done = execute(path)
+                sizes = (done.cells, round(done.size / 1000), round(done.memory / 1e6))
+                rows.append([path.stem, f"{done.seconds:.0f}", *map(str, sizes)])
+                print(f"{path.stem}: {done.seconds:.0f} s", flush=True)
+        except NotebookError as error:  # the others are still run
+            print(f"ragkit.dev: {error}", file=sys.stderr, flush=True)
+            failed += 1
+    if len(rows) > 1:
+        print(text_table(rows))
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

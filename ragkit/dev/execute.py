@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +25,9 @@ KERNEL = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
+KEPT = ("alt", "width", "height")  # of what an output says about its picture
+# As in CI: no network, and the chatter of no library depends on it.
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 BADGE = re.compile(r"\[!\[Open in Colab\]\([^)]*\)\]\([^)]*\)")
 
 
@@ -36,12 +44,15 @@ class Executed:
         seconds: How long it took, with the start of its kernel.
         cells: Number of cells.
         size: Bytes of the file.
+        memory: Most bytes that its kernel and the processes started from it held at once (resident, looked at every
+            0.2 s).
     """
 
     path: Path
     seconds: float
     cells: int
     size: int
+    memory: int
 
 
 def find(names: Sequence[str]) -> list[Path]:
@@ -125,6 +136,8 @@ def _outputs(outputs: list[Any], count: int) -> list[Any]:
             continue
         if output.output_type in ("display_data", "execute_result"):
             output.data.pop(WIDGET_VIEW, None)
+            said = {kind: {k: v for k, v in about.items() if k in KEPT} for kind, about in _dicts(output.metadata)}
+            output.metadata = {kind: about for kind, about in said.items() if about and kind in output.data}
             if output.output_type == "execute_result":
                 output.execution_count = count
             if not output.data:
@@ -133,32 +146,118 @@ def _outputs(outputs: list[Any], count: int) -> list[Any]:
     return merged
 
 
+def _dicts(metadata: Any) -> list[tuple[str, Any]]:
+    return [(key, value) for key, value in metadata.items() if isinstance(value, dict)]
+
+
+# ---- running ----
+
+
 def execute(path: Path, timeout: int = 900) -> Executed:
-    """Runs a notebook in a temporary folder and writes it back.
+    """Runs a notebook with this Python, in a temporary folder and without a network, and writes it back.
+
+    Args:
+        path: The notebook.
+        timeout: Seconds that one cell may take.
 
     Raises:
-        NotebookError: A cell failed; the file is left as it was.
+        NotebookError: A cell failed (the message holds it and its error); the file is left as it was.
     """
     nbformat = require("nbformat", extra="notebooks")
     nbclient = require("nbclient", extra="notebooks")
     notebook = nbformat.read(path, as_version=4)
     begin = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         client = nbclient.NotebookClient(
             notebook,
+            km=_kernel_manager(),
             timeout=timeout,
-            kernel_name="python3",
             store_widget_state=False,
             record_timing=False,
             resources={"metadata": {"path": folder}},
         )
         try:
-            client.execute()
+            with _peak_memory(client) as peak:
+                client.execute(env={**os.environ, **OFFLINE}, cleanup_kc=True)
         except nbclient.exceptions.CellExecutionError as error:
             raise NotebookError(f"{path.name}: {error}") from error
         except nbclient.exceptions.CellTimeoutError as error:
-            raise NotebookError(f"{path.name}: a cell took more than {timeout} s") from error
+            raise NotebookError(f"{path.name}: a cell took more than {timeout} s:\n{error}") from error
+        except nbclient.exceptions.DeadKernelError as error:
+            raise NotebookError(f"{path.name}: its kernel died, perhaps for want of memory: {error}") from error
     seconds = time.monotonic() - begin
     text = nbformat.writes(normalise(notebook, path.stem)) + "\n"
     atomic_write_text(path, text)
-    return Executed(path, seconds, len(notebook.cells), len(text.encode()))
+    return Executed(path, seconds, len(notebook.cells), len(text.encode()), max(peak))
+
+
+def _kernel_manager() -> Any:
+    """A manager of kernels of this Python, whatever kernel the user has registered as "python3"."""
+    spec = require("ipykernel.kernelspec", extra="notebooks")
+    jupyter = require("jupyter_client", extra="notebooks")
+
+    class ThisPython(jupyter.kernelspec.KernelSpecManager):  # type: ignore[name-defined]
+        def get_kernel_spec(self, kernel_name: str) -> Any:
+            return jupyter.kernelspec.KernelSpec(resource_dir=spec.RESOURCES, **spec.get_kernel_dict())
+
+    return jupyter.AsyncKernelManager(kernel_spec_manager=ThisPython())
+
+
+@contextmanager
+def _peak_memory(client: Any) -> Iterator[list[int]]:
+    """A list to which the bytes that a notebook's processes hold are added, while the block runs."""
+    psutil = require("psutil", extra="notebooks")
+    seen, over = [0], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.2):
+            pid = getattr(client.km.provisioner, "pid", None)
+            try:
+                kernel = psutil.Process(pid) if pid else None
+                processes = [kernel, *kernel.children(recursive=True)] if kernel else []
+                seen.append(sum(process.memory_info().rss for process in processes))
+            except psutil.Error:
+                continue  # one of them ended meanwhile
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield seen
+    finally:
+        over.set()
+        watcher.join()
+
+
+def check(path: Path, timeout: int = 600) -> None:
+    """Runs a notebook again and compares what it prints with what it stores (nbval, strict); writes nothing.
+
+    Args:
+        path: The notebook.
+        timeout: Seconds that one cell may take; all of them may take three times as long.
+
+    Raises:
+        NotebookError: An output differs, or a cell fails.
+    """
+    require("nbval", extra="test")
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        copy = folder / path.name
+        copy.write_bytes(path.read_bytes())
+        (folder / "none.ini").write_text("[pytest]\n", encoding="utf-8")
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", name]
+        command += [
+            "-c",
+            str(folder / "none.ini"),
+            "--nbval",
+            "--nbval-current-env",
+            f"--nbval-cell-timeout={timeout}",
+        ]
+        command += [f"--nbval-sanitize-with={ROOT / 'tests' / 'nbval_sanitize.cfg'}", str(copy)]
+        try:
+            done = subprocess.run(
+                command, cwd=folder, capture_output=True, text=True, timeout=3 * timeout, env={**os.environ, **OFFLINE}
+            )
+        except subprocess.TimeoutExpired as error:
+            raise NotebookError(f"{path.name} took more than {3 * timeout} s") from error
+        if done.returncode:
+            raise NotebookError(f"{path.name}:\n{done.stdout[-6000:]}{done.stderr[-2000:]}")
