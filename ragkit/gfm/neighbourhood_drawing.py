@@ -73,7 +73,7 @@ def draw_neighbourhood(
 
 # Colours that can be seen on light and on dark ground, the page's where it has names for them.
 THEMED = {
-    "ground": "var(--jp-layout-color1, #ffffff)",
+    "ground": "var(--jp-layout-color0, #ffffff)",
     "ink": "var(--jp-ui-font-color1, #1a1a1a)",  # on "ground"
     "outside": "var(--jp-ui-font-color1, currentColor)",  # on the page itself
     "faint": "var(--jp-ui-font-color2, currentColor)",
@@ -178,12 +178,15 @@ class Drawing:
         sizes = [(box.width, box.height) for box in self.nodes]
         sizes += [(box.width + 2 * AROUND, box.height + AROUND) for box in self.labels.values()]
         springs: list[tuple[int, int]] = []
+        lines: list[tuple[int, int]] = []
         middle = {edge: len(self.nodes) + number for number, edge in enumerate(self.labels)}
         for place_, edge in enumerate(self.of.edges):
             head, tail = self.at[edge.head], self.at[edge.tail]
             between = middle.get(place_)
-            springs += [(head, tail)] if between is None else [(head, between), (between, tail)]
-        places, width, height = place(sizes, springs, self._columns(middle), seed)
+            ways = [(head, tail)] if between is None else [(head, between), (between, tail)]
+            springs += ways
+            lines += ways if edge.paths else []
+        places, width, height = place(sizes, springs, self._columns(middle), lines, seed)
         for box, (x, y) in zip(boxes, places.tolist(), strict=True):
             box.x, box.y = x, y
         return width, height

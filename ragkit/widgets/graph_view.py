@@ -24,7 +24,7 @@ from ragkit.tables import html_table
 from ragkit.widgets.base import TEXT, StaticBox, accordion, error_html, escape, set_tooltip, widgets
 
 BEST = 8  # entities and documents to choose from
-WIDTH = "90px"  # of the names before the inputs
+WIDTH = "110px"  # of the names before the inputs
 LAYOUT = {"width": "min(760px, 98%)"}
 
 
@@ -99,7 +99,7 @@ class GraphView(StaticBox):
         set_tooltip(self.target, "The entity or document whose score the paths explain")
         low = min(5, max_nodes)
         self.nodes = widgets.IntSlider(
-            value=max_nodes, min=low, max=MOST_NODES, description="Entities shown", **options
+            value=max_nodes, min=low, max=MOST_NODES, description="Most entities", **options
         )
         self.hops = widgets.IntSlider(value=hops, min=1, max=max(3, hops), description="Hops", **options)
         self.paths = widgets.IntSlider(value=paths, min=1, max=max(10, paths), description="Paths", **options)
@@ -133,8 +133,9 @@ class GraphView(StaticBox):
             found = self._find()
             picture = f'<div style="overflow-x: auto">{found.draw(themed=True)!s}</div>'
             *others, (_, rows) = found.tables()
-            parts = [f"<div><b>{escape(title)}</b></div>{html_table(of)}" for title, of in others]
-            tables, table = "".join(parts), html_table(rows)
+            parts = [f"<div><div><b>{escape(title)}</b></div>{html_table(of)}</div>" for title, of in others]
+            tables = f'<div style="display: flex; flex-wrap: wrap; gap: 8px 40px">{"".join(parts)}</div>'
+            table = html_table(rows)
             self.neighbourhood = found
         except Exception as error:  # a callback must not fail where nobody sees it
             self.message = _words(error)
@@ -152,13 +153,10 @@ class GraphView(StaticBox):
         asked = (question, tuple(names))
         if self._scores is None or self._scores[0] != asked:
             self._scores = self._explanation = None
-            with self._silently():
-                self.target.options = [("nothing", None)]
+            self._offer([("nothing", None)])
             scores = scores_of(self._retriever, question, names or None, BEST)
             self._scores = (asked, scores)
-            with self._silently():
-                self.target.options = options = self._targets(scores)
-                self.target.value = options[0][1]
+            self._offer(self._targets(scores))
         scores = self._scores[1]
         wanted = (self.target.value, self.paths.value)
         if self._explanation is None or self._explanation[0] != wanted:
@@ -183,6 +181,13 @@ class GraphView(StaticBox):
         found += [(f"entity: {name} ({score:.3g})", ("entity", name)) for name, score in others]
         found += [(f"document: {name} ({score:.3g})", ("document", name)) for _, name, score in scores.documents]
         return [*found, ("nothing", None)]
+
+    def _offer(self, options: list[tuple[str, Any]]) -> None:
+        """Gives the list of targets new entries and takes the first."""
+        with self._silently():
+            self.target.index = None  # a front end shows nothing chosen if the place stays the same
+            self.target.options = options
+            self.target.index = 0
 
     @contextmanager
     def _silently(self) -> Iterator[None]:
@@ -249,6 +254,7 @@ class GraphView(StaticBox):
 
 
 def _themed(text: str) -> str:
+    text = text.replace("<table>", '<table style="border-spacing: 8px 1px">')
     return f'<div style="color: {TEXT}; line-height: 1.4; overflow-x: auto">{text}</div>' if text else ""
 
 

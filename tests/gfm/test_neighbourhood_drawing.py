@@ -239,3 +239,12 @@ def test_curves_pass_their_label_and_begin_at_the_border():
     assert clip((0, 0), (20, 10), (100, 0)) == (10, 0) and clip((0, 0), (20, 10), (0, -50)) == (0, -5)
     assert clip((0, 0), (20, 10), (100, 100)) == (5, 5) and clip((0, 0), (20, 20), (30, 40), True) == (6, 8)
     assert clip((0, 0), (20, 10), (1, 1)) == (0, 0)
+
+
+def test_nothing_lies_on_a_line_if_there_is_room():
+    at = np.array([[0.0, 0.0], [300.0, 0.0], [150.0, 3.0], [100.0, -4.0]])
+    moved = apart(at, np.array([[60.0, 20.0]] * 4), [(0, 1)])
+    a, b = moved[0], moved[1]
+    for x, y in moved[2:]:
+        line = a[1] + (b[1] - a[1]) * (x - a[0]) / (b[0] - a[0])
+        assert abs(y - line) >= 10
