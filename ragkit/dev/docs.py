@@ -22,7 +22,7 @@ from ragkit.settings import Config, walk
 # Chapter -> modules whose public names (`__all__`) have a page each; or (module, names).
 CHAPTERS: dict[str, list[str | tuple[str, list[str]]]] = {
     "Systems, trainings, evaluation": ["ragkit"],
-    "Forms, panel, pictures": [("ragkit.widgets", ["ConfigForm", "RunPanel"]), "ragkit.plots"],
+    "Forms, panel, pictures": ["ragkit.widgets", "ragkit.plots"],
     "Settings": [
         "ragkit.config",
         ("ragkit.presets", ["preset"]),
