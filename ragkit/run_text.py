@@ -33,17 +33,20 @@ def compact(config: Config) -> Any:
     return type(config)(**changes(config))
 
 
-def as_python(config: Config) -> str:
+def as_python(config: Config, runs: bool = True) -> str:
     """Python that makes the same settings and runs them.
 
     Args:
-        config: Settings of a command, for example an `LSRConfig`.
+        config: The settings, for example an `LSRConfig`.
+        runs: Whether a command takes them; False (for a `RAGConfig`, a part of others): they are only made.
 
     Returns:
         Text with imports, `config = ...` and `run(config)`, at most 100 columns wide where texts allow it.
     """
     name = type(config).__name__
     call = _python_call(name, changes(config))
+    if not runs:
+        return f"from ragkit.config import {name}\n\nconfig = {call}\n"
     return f"from ragkit.commands import run\nfrom ragkit.config import {name}\n\nconfig = {call}\nrun(config)\n"
 
 

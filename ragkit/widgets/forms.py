@@ -128,8 +128,8 @@ class ConfigForm(StaticBox):
         self._listeners.append(listener)
 
     def code(self) -> str:
-        """The run as Python."""
-        return as_python(self._config)
+        """The run as Python; settings that no command takes alone are only made."""
+        return as_python(self._config, self._runs())
 
     def yaml(self) -> str:
         """All settings as YAML."""
@@ -336,8 +336,12 @@ class ConfigForm(StaticBox):
         count = sum(_at(self._config, key) != _at(start, key) for key in self._fields)
         return f"{about} Changed since: {count} {'setting' if count == 1 else 'settings'}." if count else about
 
+    def _runs(self) -> bool:
+        """Whether there is a command for these settings."""
+        return any(self.cls is kind for kind, _ in COMMANDS.values())
+
     def _shell(self) -> str:
-        if any(self.cls is kind for kind, _ in COMMANDS.values()):
+        if self._runs():
             return self.command()
         return "These settings are a part of others; no command takes them alone."
 

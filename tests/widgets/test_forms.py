@@ -481,3 +481,13 @@ def test_what_each_kind_of_setting_gets():
     assert form.field("top_k").set is None and form.field("train.max_steps").set is not None
     assert isinstance(form.field("rag.system_prompt").input, widgets.Textarea)  # may hold several lines
     assert not form.field("train.learning_rate").input.continuous_update  # no error while one types
+
+
+def test_settings_that_no_command_takes_are_only_made():
+    from ragkit.config import RAGConfig
+
+    code = ConfigForm(RAGConfig(top_k=5)).code()
+    assert "run" not in code
+    made: dict = {}
+    exec(code, made)
+    assert made["config"] == RAGConfig(top_k=5)
