@@ -99,7 +99,7 @@ def test_start_watch_stop_resume_and_the_table(own, panels, tmp_path):
     assert panel.wait(180) == "finished", panel.message
     assert "CPU, 1 thread" in panel.display.machine.value and "use it: python -m ragkit" in panel.display.where.value
     assert "Before and after the training" in panel.display.tables.value and panel.table.labels == ["before", "after"]
-    assert "<svg" in panel.display.picture.value and "loss" in panel.plot().alt
+    assert "<svg" in panel.display.picture.value and panel.plot().alt.startswith("Loss from")
     whole = RunPanel(own(steps=400))
     panels.append(whole)
     assert whole.run()["steps"] == 400
