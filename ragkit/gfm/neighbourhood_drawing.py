@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ragkit.gfm.looks import DARK, LIGHT, text_width
 from ragkit.gfm.near_layout import place
-from ragkit.gfm.near_shapes import arrow, clip, hexagon, loop, rectangle, through
+from ragkit.gfm.near_marks import (
+    DASH_WORDS,
+    DASHES,
+    LABEL,
+    LINE,
+    NAME,
+    RADIUS,
+    SMALL,
+    TITLE,
+    Block,
+    Box,
+    badge,
+    badge_width,
+    dash_of,
+    fit,
+    outline,
+    sample,
+    widest,
+)
+from ragkit.gfm.near_shapes import arrow, clip, loop, rectangle, through
 from ragkit.gfm.path_picture import clean, lines_of, shorten
 from ragkit.gfm.picture import Group, Shape, Words, to_png, to_svg
 
@@ -19,14 +36,9 @@ if TYPE_CHECKING:
 ALL_NAMED = 40  # nodes; of more, only so many have their names in the picture
 ALL_LABELLED = 24  # edges; of more, only those on paths have their relations in the picture
 NAME_CHARS, NAME_LINES, LABEL_CHARS, LABEL_LINES = 20, 2, 24, 2
-NAME, LABEL, SMALL, TITLE = 12.0, 10.5, 8.5, 14.0  # pixels
-LINE = 1.25
-RADIUS = 10.0  # of a numbered circle
 MARGIN = 16.0
 LEAST_WIDTH = 640.0
 AROUND = 9.0  # pixels of a line that show on each side of its label
-DASHES: tuple[tuple[float, ...], ...] = ((), (10, 4), (3, 3), (10, 3, 3, 3), (16, 4, 3, 4))
-DASH_WORDS = ("solid", "dashed", "dotted", "dash and dot", "long dash and dot")
 
 
 def draw_neighbourhood(
@@ -105,25 +117,6 @@ def _colors(dark: bool) -> dict[str, str]:
     }
 
 
-@dataclass
-class Box:
-    """A node or a label with its place.
-
-    Attributes:
-        lines: Text; of a node without its name, the number.
-        width, height: Pixels.
-        x, y: Centre.
-        named: Whether it is more than a circle.
-    """
-
-    lines: list[str]
-    width: float
-    height: float
-    x: float = 0.0
-    y: float = 0.0
-    named: bool = True
-
-
 class Drawing:
     """All marks of the picture.
 
@@ -163,15 +156,15 @@ class Drawing:
             return Box([str(node.number)], 2 * RADIUS, 2 * RADIUS, named=False)
         lines = lines_of(node.name, NAME_CHARS, NAME_LINES)
         side = {"question": 12, "answer": 11, "path": 14, "other": 7}[node.role]
-        return Box(lines, _widest(lines, NAME) + 2 * side, len(lines) * NAME * LINE + 10)
+        return Box(lines, widest(lines, NAME) + 2 * side, len(lines) * NAME * LINE + 10)
 
     def _label_box(self, edge: NearEdge) -> Box:
         names = edge.path_relations or edge.relations
         if len(names) > LABEL_LINES:
             names = (*names[: LABEL_LINES - 1], f"and {len(names) - LABEL_LINES + 1} more")
         lines = [shorten(name, LABEL_CHARS) for name in names]
-        badge = _badge_width(edge.paths) + 5 if edge.paths else 0
-        return Box(lines, _widest(lines, LABEL) + badge + 6, max(16.0, len(lines) * LABEL * LINE + 3))
+        badge = badge_width(edge.paths) + 5 if edge.paths else 0
+        return Box(lines, widest(lines, LABEL) + badge + 6, max(16.0, len(lines) * LABEL * LINE + 3))
 
     def _lay_out(self, seed: int) -> tuple[float, float]:
         boxes = [*self.nodes, *self.labels.values()]
@@ -216,7 +209,7 @@ class Drawing:
     # ---- nodes ----
 
     def _node(self, box: Box, node: NearNode) -> Group:
-        group = Group(_outline(box, node.role), _node_title(node, self.of.role_words[node.role]))
+        group = Group(outline(box, node.role), _node_title(node, self.of.role_words[node.role]))
         for number, line in enumerate(box.lines):
             y = box.y + (number - (len(box.lines) - 1) / 2) * NAME * LINE
             size = NAME if box.named else SMALL
@@ -262,7 +255,7 @@ class Drawing:
                 tip = arrow(bend, end, 7.0 + 1.6 * width)
                 head = [tip[0], tip[1], tip[2], ("Z",)]
                 back = ((tip[0][1] + tip[2][1]) / 2, (tip[0][2] + tip[2][2]) / 2)  # the line ends within the head
-                line = Shape([("M", *start), ("Q", *bend, *back)], None, "path", width, _dash(edge.paths[0]))
+                line = Shape([("M", *start), ("Q", *bend, *back)], None, "path", width, dash_of(edge.paths[0]))
                 lines.append(Group([line, Shape(head, "path")], title))
             else:
                 steps = [("M", *start), ("Q", *bend, *end), *arrow(bend, end, 7.0)]
@@ -274,8 +267,8 @@ class Drawing:
         marks: list[Shape | Words] = [Shape(rectangle(box.x, box.y, box.width, box.height, 3), "ground")]
         left = box.x - box.width / 2 + 3
         if edge.paths:
-            marks += _badge(left, box.y, edge.paths)
-            left += _badge_width(edge.paths) + 5
+            marks += badge(left, box.y, edge.paths)
+            left += badge_width(edge.paths) + 5
         for number, line in enumerate(box.lines):
             y = box.y + (number - (len(box.lines) - 1) / 2) * LABEL * LINE
             marks.append(Words(left, y, line, LABEL, "ink", "start"))
@@ -296,12 +289,12 @@ class Drawing:
 
     def _heading(self, width: float) -> Block:
         block = Block()
-        block.line(Words(0, 0, _fit(self.of.title, width, TITLE, True), TITLE, "outside", "start", True))
+        block.line(Words(0, 0, fit(self.of.title, width, TITLE, True), TITLE, "outside", "start", True))
         if self.of.explanation is not None:
             text = f"scored: {self.of.explanation.title}"
-            block.line(Words(0, 0, _fit(text, width, NAME), NAME, "outside", "start"))
+            block.line(Words(0, 0, fit(text, width, NAME), NAME, "outside", "start"))
         for text in filter(None, (self.of.summary, self.of.note)):
-            block.line(Words(0, 0, _fit(text, width, LABEL), LABEL, "faint", "start"))
+            block.line(Words(0, 0, fit(text, width, LABEL), LABEL, "faint", "start"))
         block.height += 12
         return block
 
@@ -319,7 +312,7 @@ class Drawing:
             needed = 44 + text_width(words, LABEL) * 72 + 16
             if x and x + needed > width:
                 x, block.height = 0.0, block.height + row
-            block.marks += _sample(what, x + 17, block.height + row / 2)
+            block.marks += sample(what, x + 17, block.height + row / 2)
             block.marks.append(Words(x + 42, block.height + row / 2, words, LABEL, "faint", "start"))
             x += needed
         block.height += row
@@ -328,93 +321,14 @@ class Drawing:
         for number in self.of.paths:
             path = self.of.explanation.paths[number - 1]
             y = block.height + row / 2
-            line = Shape([("M", 0, y), ("L", 40, y)], None, "path", 3.6 if number == 1 else 2.6, _dash(number))
-            block.marks += [line, *_badge(46, y, (number,))]
+            line = Shape([("M", 0, y), ("L", 40, y)], None, "path", 3.6 if number == 1 else 2.6, dash_of(number))
+            block.marks += [line, *badge(46, y, (number,))]
             weight = f"  ({DASH_WORDS[(number - 1) % len(DASHES)]}, weight {path.weight:.3g})"
-            left = 46 + _badge_width((number,)) + 6
-            text = _fit(str(path), width - left - text_width(weight, LABEL) * 72, LABEL)
+            left = 46 + badge_width((number,)) + 6
+            text = fit(str(path), width - left - text_width(weight, LABEL) * 72, LABEL)
             block.marks.append(Words(left, y, text + weight, LABEL, "faint", "start"))
             block.height += row
         return block
-
-
-class Block(Group):
-    """Marks under one another, from (0, 0); `height` is where the next one goes."""
-
-    height: float = 0.0
-
-    def line(self, words: Words) -> None:
-        """Adds a line of text."""
-        words.y = self.height + words.size * LINE / 2
-        self.height += words.size * LINE + 2
-        self.marks.append(words)
-
-    def moved(self, x: float, y: float) -> Group:
-        """The marks at another place."""
-        for mark in self.marks:
-            if isinstance(mark, Words):
-                mark.x, mark.y = mark.x + x, mark.y + y
-            else:
-                shift = (x, y)
-                mark.steps = [(s[0], *(v + shift[i % 2] for i, v in enumerate(s[1:]))) for s in mark.steps]
-        return self
-
-
-def _outline(box: Box, role: str) -> list[Shape | Words]:
-    """A question's entity has round ends, what was scored a double line, a path's has points; others are plain."""
-    x, y, width, height = box.x, box.y, box.width, box.height
-    if not box.named:
-        steps = rectangle(x, y, width, height, RADIUS)
-    elif role == "path":
-        steps = hexagon(x, y, width, height, 8)
-    else:
-        steps = rectangle(x, y, width, height, {"question": height / 2, "answer": 0, "other": 4}[role])
-    marks: list[Shape | Words] = [Shape(steps, "ground")]
-    if role != "other":
-        marks.append(Shape(steps, role, opacity=0.16))
-    marks.append(Shape(steps, None, role, 1.0 if role == "other" else 2.0))
-    if role == "answer":
-        marks.append(Shape(rectangle(x, y, width - 7, height - 7, 0), None, role, 1.0))
-    return marks
-
-
-def _sample(what: str, x: float, y: float) -> list[Shape | Words]:
-    if what == "thin":
-        return [Shape([("M", x - 17, y), ("L", x + 17, y), *arrow((x - 17, y), (x + 17, y), 6.0)], stroke="line")]
-    if what == "circle":
-        return [Shape(rectangle(x, y, 17, 17, 8.5), None, "other", 1.0), Words(x, y, "7", SMALL, "outside")]
-    return _outline(Box([], 32, 16, x, y), what)
-
-
-def _badge(left: float, y: float, numbers: tuple[int, ...]) -> list[Shape | Words]:
-    width = _badge_width(numbers)
-    shape = Shape(rectangle(left + width / 2, y, width, 13, 6.5), "badge")
-    return [shape, Words(left + width / 2, y, _badge_text(numbers), SMALL, "badge-ink", "middle", True)]
-
-
-def _badge_width(numbers: tuple[int, ...]) -> float:
-    return max(13.0, math.ceil(text_width(_badge_text(numbers), SMALL, True) * 72) + 8)
-
-
-def _badge_text(numbers: tuple[int, ...]) -> str:
-    shown = ", ".join(map(str, numbers[:4]))
-    return shown + (" \u2026" if len(numbers) > 4 else "")
-
-
-def _dash(number: int) -> tuple[float, ...]:
-    return DASHES[(number - 1) % len(DASHES)]
-
-
-def _widest(lines: list[str], size: float) -> float:
-    return float(math.ceil(max(text_width(line, size, True) for line in lines) * 72))
-
-
-def _fit(text: str, width: float, size: float, bold: bool = False) -> str:
-    """As much of a text as fits."""
-    text = clean(text)
-    while text_width(text, size, bold) * 72 > width and len(text) > 8:
-        text = shorten(text, max(8, min(len(text) - 1, int(len(text) * width / (text_width(text, size, bold) * 72)))))
-    return text
 
 
 def _border(box: Box, towards: tuple[float, float]) -> tuple[float, float]:
