@@ -8,13 +8,16 @@ from pathlib import Path
 
 from ragkit.dev.docs import DocsError, build
 from ragkit.dev.execute import NotebookError, check, execute, find
+from ragkit.dev.lab import LabError
+from ragkit.dev.screenshots import screenshots
 from ragkit.tables import text_table
 
 USAGE = """python -m ragkit.dev COMMAND
 
   execute [--check] [NUMBER ...]   runs notebooks (all, or 03 05 ...) and stores them in one form; with --check nothing
                                    is stored, and what they print must be what they store
-  docs [--out FOLDER]              builds the documentation site (site/) and checks its links"""
+  docs [--out FOLDER]              builds the documentation site (site/) and checks its links
+  screenshots                      takes the README's pictures of form, panel and graph view (needs Chromium)"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,6 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _execute(given[1:])
     if given[:1] == ["docs"] and (len(given) == 1 or (len(given) == 3 and given[1] == "--out")):
         return _docs(Path(given[2] if len(given) == 3 else "site"))
+    if given == ["screenshots"]:
+        return _screenshots()
     print(USAGE)
     return 0 if given[:1] in (["-h"], ["--help"]) else 2
 
@@ -32,6 +37,16 @@ def _docs(out: Path) -> int:
     try:
         print(build(out))
     except DocsError as error:
+        print(f"ragkit.dev: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _screenshots() -> int:
+    try:
+        for path in screenshots():
+            print(f"{path}: {path.stat().st_size / 1000:.0f} kB", flush=True)
+    except (LabError, ImportError) as error:
         print(f"ragkit.dev: {error}", file=sys.stderr)
         return 1
     return 0
