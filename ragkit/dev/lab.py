@@ -253,6 +253,13 @@ class Notebook:
         found.press("Tab")
         return found
 
+    def use_theme(self, theme: str) -> None:
+        """Changes the colours of the page: "light" or "dark"."""
+        change = "name => jupyterapp.commands.execute('apputils:change-theme', {theme: name})"
+        self.page.evaluate(change, THEMES[theme])
+        light = "true" if theme == "light" else "false"
+        self.page.wait_for_function(f"() => document.body.dataset.jpThemeLight === '{light}'", timeout=START * 1000)
+
     def focused(self) -> str:
         """Label or text of what has the keyboard's focus."""
         return self.page.evaluate(FOCUSED)

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ragkit.dev.execute import NOTEBOOKS
+from ragkit.dev.execute import KERNEL, NOTEBOOKS
 from ragkit.dev.lab import JupyterLab, LabError, Notebook
 from ragkit.optional import require
 
@@ -23,20 +23,21 @@ form"""
 PANEL = """panel = RunPanel(form)
 panel"""
 TRAIN = "panel.run()"
-GRAPH = """from ragkit import quickstart_graph as qg
+GRAPH_MODEL = """from ragkit import quickstart_graph as qg
 from ragkit.config import QuickstartConfig
 from ragkit.runs import Run
-from ragkit.widgets import GraphView
 
 settings = QuickstartConfig(gfm={"train": {"num_threads": 1}})
-_, retriever = qg.tune_graph(qg.load_graph_step(settings), settings, Run.create(settings, "runs"))
+_, retriever = qg.tune_graph(qg.load_graph_step(settings), settings, Run.create(settings, "runs"))"""
+GRAPH = """from ragkit.widgets import GraphView
+
 GraphView(retriever, "What is the currency of the country where Nicolaus Copernicus was born?")"""
 
 
 def scratch(path: Path, sources: Sequence[str]) -> Path:
     """Writes a notebook that has the given code cells and no outputs."""
     nbformat = require("nbformat", extra="notebooks")
-    notebook = nbformat.v4.new_notebook()
+    notebook = nbformat.v4.new_notebook(metadata=KERNEL)  # without one, JupyterLab asks which
     for number, source in enumerate(sources):
         notebook.cells.append(nbformat.v4.new_code_cell(source, id=f"cell-{number:02d}"))
     nbformat.write(notebook, path)
@@ -55,7 +56,7 @@ def screenshots(out: Path = IMAGES, timeout: float = 400) -> Iterator[Path]:
     """
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        scratch(Path(folder) / "pictures.ipynb", (FORM, PANEL, TRAIN, GRAPH))
+        scratch(Path(folder) / "pictures.ipynb", (FORM, PANEL, TRAIN, GRAPH_MODEL, GRAPH))
         with JupyterLab(folder) as lab:
             notebook = lab.open("pictures.ipynb")
             notebook.run(FORM)
@@ -63,8 +64,8 @@ def screenshots(out: Path = IMAGES, timeout: float = 400) -> Iterator[Path]:
             notebook.run(PANEL, TRAIN, timeout)
             notebook.output(PANEL).get_by_text("Finished: ").first.wait_for()
             yield _shot(notebook, PANEL, out / "run_panel.png")
-            notebook.run(GRAPH, timeout=timeout)
-            notebook.output(GRAPH).get_by_role("img").first.wait_for()
+            notebook.run(GRAPH_MODEL, GRAPH, timeout)
+            notebook.output(GRAPH).locator("svg[role=img]").first.wait_for()
             yield _shot(notebook, GRAPH, out / "graph_view.png")
 
 
