@@ -74,9 +74,7 @@ def _report(old: Sequence[LSRRow], new: Sequence[LSRRow], scored: int, kept: Seq
     total = sum(len(row.passage_ids) for row in new)
     stay = f"; {len(kept)} questions keep theirs, too little was found (first: {kept[0].id})" if kept else ""
     seconds = time.perf_counter() - started
-    note(
-        f"candidates retrieved anew in {seconds:.1f} s: {fresh} of {total} are new, {scored} pairs were scored{stay}"
-    )
+    note(f"candidates retrieved anew in {seconds:.1f} s: {fresh} of {total} are new, {scored} pairs were scored{stay}")
 
 
 def refresh_folder(run_dir: Path, step: int) -> Path:
