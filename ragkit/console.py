@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from ragkit.notes import Listener, listen
+from ragkit.run_state import one_line
 from ragkit.runs import Run
 
 Out = Callable[[str], None]
@@ -106,7 +107,7 @@ def explain(error: BaseException) -> str | None:
     if type(error).__module__.split(".")[0] in ("ragkit", "ragkit_kernels"):
         return str(error)
     if isinstance(error, ImportError | OSError):
-        return " ".join(str(error).split()) or type(error).__name__
+        return one_line(error)
     frames = traceback.walk_tb(error.__traceback__)
     last = None
     for frame, _ in frames:

@@ -7,6 +7,7 @@ else a line of text that pydantic reads, so that 2e-5 stays 2e-5 and a wrong val
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import NoneType
@@ -66,7 +67,7 @@ def words_for(value: Any) -> str:
     return text_of(None, plain_value(value)) if not isinstance(value, str) else f'"{value}"' if value else "empty"
 
 
-class Field:
+class Field(ABC):
     """One setting of a form.
 
     Attributes:
@@ -93,16 +94,16 @@ class Field:
         self.show("")
         self.fill(default)
 
+    @abstractmethod
     def _make(self) -> None:
         """Makes `input`."""
-        raise NotImplementedError
 
     def _controls(self) -> list[Any]:
         return [self.input]
 
+    @abstractmethod
     def read(self) -> Any:
         """What is in the input; the settings class says whether that is right."""
-        raise NotImplementedError
 
     def fill(self, value: Any) -> None:
         """Shows a valid value; nobody is told of a change."""
