@@ -12,8 +12,8 @@ from typing import Any
 from ragkit.gfm.looks import FONT, FONTS, SVG
 from ragkit.gfm.path_picture import clean
 from ragkit.optional import require
+from ragkit.plots.palette import palette_png
 
-COLORS = 64  # of a PNG
 Step = tuple[Any, ...]  # ("M", x, y), ("L", x, y), ("Q", x, y, x, y), ("C", x, y, x, y, x, y) or ("Z",)
 
 
@@ -143,17 +143,8 @@ def to_png(groups: Iterable[Group], size: tuple[float, float], colors: Mapping[s
                 place += 1
                 _png_mark(axes, mark, colors, place)
         figure.savefig(file, format="png", dpi=72 * scale, metadata={"Software": None})
-    return _few_colors(file)
-
-
-def _few_colors(file: io.BytesIO) -> bytes:
-    """A PNG with a palette: a third of the bytes, for a notebook that holds several."""
     image = require("PIL.Image", extra="notebooks", package="pillow")
-    small = image.open(file).convert("RGB")
-    small = small.quantize(COLORS, method=image.Quantize.MEDIANCUT, dither=image.Dither.NONE)
-    out = io.BytesIO()
-    small.save(out, format="png", optimize=True)
-    return out.getvalue()
+    return palette_png(image.open(file).convert("RGB"))
 
 
 def _png_mark(axes: Any, mark: Shape | Words, colors: Mapping[str, str], place: int) -> None:

@@ -10,13 +10,13 @@ from typing import Any
 
 from ragkit.files import atomic_write_text
 from ragkit.optional import require
+from ragkit.plots.palette import palette_png
 from ragkit.plots.style import drawing, one_line
 from ragkit.plots.svg import finish
 
 DPI = 100  # pixels an inch in a page
 SHARP = (1.5, 1.25, 1.0)  # pixels of the PNG for each of them, for screens with small pixels: the most that fits into
 BYTES = 25_000  # of a PNG; a notebook holds several, and is 200 kB at most
-COLORS = 64  # of the PNG's palette; a picture of lines and bars needs no more, and takes a third of the bytes
 SUFFIXES = (".png", ".svg")
 
 
@@ -86,10 +86,7 @@ class Plot:
                 pixels = image.frombytes("RGBA", size, bytes(canvas.buffer_rgba())).convert("RGB")
         finally:
             self.figure.set_dpi(before)
-        small = pixels.quantize(COLORS, method=image.Quantize.MEDIANCUT, dither=image.Dither.NONE)
-        file = io.BytesIO()
-        small.save(file, format="png", optimize=True, dpi=(dpi, dpi))
-        return file.getvalue()
+        return palette_png(pixels, dpi=(dpi, dpi))
 
     def svg(self, prefix: str | None = None) -> str:
         """The picture to stand within a page: an `<svg>` element without XML head.
