@@ -272,10 +272,10 @@ def test_an_interrupt_of_the_waiting_cell_stops_with_a_checkpoint(make):
             return real.is_alive()
 
         def join(self, timeout):
-            if not Pressed.times:
-                Pressed.times = 1
-                gate.let()
+            Pressed.times += 1
+            if Pressed.times == 1:
                 raise KeyboardInterrupt
+            gate.let()  # only now: the training has been asked to stop before it can go on
             real.join(timeout)
 
     panel._watcher = Pressed()
