@@ -13,6 +13,7 @@ import torch.distributed
 from transformers import TrainerCallback, TrainingArguments
 
 from ragkit.runs import Run, mark_complete
+from ragkit.units import duration
 
 logger = logging.getLogger("ragkit")
 
@@ -115,7 +116,7 @@ class RunCallback(TrainerCallback):
         logger.info(
             "estimate: %.3g s a step, about %s for the %d steps left (without evaluations), peak memory so far %s",
             seconds,
-            _duration(left),
+            duration(left),
             state.max_steps - state.global_step,
             _peak_memory(),
         )
@@ -140,14 +141,6 @@ class RunCallback(TrainerCallback):
             torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
             requested = bool(flag.item() > 0)
         return requested
-
-
-def _duration(seconds: float) -> str:
-    """Seconds in words, to two places."""
-    for size, name in ((3600.0, "h"), (60.0, "min")):
-        if seconds >= 1.5 * size:
-            return f"{seconds / size:.2g} {name}" if seconds < 10 * size else f"{seconds / size:.0f} {name}"
-    return f"{seconds:.0f} s"
 
 
 def _peak_memory() -> str:

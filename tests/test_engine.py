@@ -1,10 +1,10 @@
 from __future__ import annotations
 
-import importlib.util
 import signal
 import warnings
 from pathlib import Path
 
+import engine_job as job
 import pytest
 import torch
 from torch import nn
@@ -22,10 +22,7 @@ from ragkit.engine import (
 )
 from ragkit.runs import CHECKPOINT_MARKER, Run, RunError
 
-JOB = Path(__file__).with_name("engine_job.py")
-spec = importlib.util.spec_from_file_location("engine_job", JOB)
-job = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(job)
+JOB = Path(job.__file__)
 
 STEPS = 15  # 22 rows in batches of 4, 2.5 epochs
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import math
 import random
@@ -11,22 +10,25 @@ import subprocess
 import sys
 from pathlib import Path
 
+import finetune_job
 import numpy as np
+import pretrain_job
 import pytest
 import torch
 from torch import nn
+from watching import losses
 
 from ragkit.config import ConfigError, EvaluateConfig, LSRConfig, RALTConfig
 from ragkit.estimate import Estimate, estimate, memory, warm_up
 from ragkit.estimate import __main__ as line
 from ragkit.estimate.command import SomeEncoded, some_encoded
-from ragkit.estimate.figures import duration, size
 from ragkit.estimate.measured import steps_of, times
 from ragkit.estimate.warm_up import Clock, seconds_each, twin
 from ragkit.gfm.text_encoder import encoder_identity
 from ragkit.tuning.lsr import LSRTrainer
 from ragkit.tuning.qa_data import DataError
 from ragkit.tuning.ralt import RALTTrainer
+from ragkit.units import duration, size
 
 ROOT = Path(__file__).parents[1]
 CAPITALS = {"Peru": "Lima", "Ghana": "Accra", "Norway": "Oslo", "Japan": "Tokyo", "Kenya": "Nairobi", "Fiji": "Suva"}
@@ -36,16 +38,6 @@ ROWS = [
     {"id": c, "question": f"What is the capital of {c}?", "answer": capital, "supporting_facts": [c]}
     for c, capital in CAPITALS.items()
 ]
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name("gfm") / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-finetune_job, pretrain_job = load("finetune_job"), load("pretrain_job")
 
 
 @pytest.fixture(autouse=True)
@@ -128,10 +120,6 @@ def same(one, other):
     if isinstance(one, list | tuple):
         return len(one) == len(other) and all(same(a, b) for a, b in zip(one, other, strict=True))
     return one == other
-
-
-def losses(result):
-    return [event["loss"] for event in result.history if event.get("loss") is not None]
 
 
 # ---- the counts are those of the training, and nothing is touched ----

@@ -3,7 +3,6 @@ wrong. Most use a toy encoder; two are real processes with the real one."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -12,9 +11,12 @@ import sys
 import time
 from pathlib import Path
 
+import finetune_job
+import pretrain_job
 import pytest
 import torch
 import yaml
+from watching import losses
 
 from ragkit import commands
 from ragkit.commands import BAD_INPUT, DONE, INTERRUPTED, main
@@ -24,14 +26,6 @@ from ragkit.runs import Run
 ROOT = Path(__file__).parents[1]
 
 
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name("gfm") / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-finetune_job, pretrain_job = load("finetune_job"), load("pretrain_job")
 MODEL = ("model.entity_model.input_dim=8", "model.entity_model.hidden_dims=[8,8]", "device=cpu")
 FAST = ("datasets.root=.", "datasets.cache=false", "train.num_threads=1", "train.batch_size=4", *MODEL)
 PRETRAIN = ("gfm-pretrain", *FAST, "datasets.train_names=[facts]", "task.num_negative=4", "task.valid_share=0.1")
@@ -152,10 +146,6 @@ def test_a_file_with_settings_and_overrides(run_here, folder):
     # The settings of a run start the same one again.
     status, again, _ = run_here("gfm-pretrain", "runs/x/config.yaml", "name=y")
     assert status == DONE and losses("runs/x") == losses("runs/y")
-
-
-def losses(path):
-    return [event["loss"] for event in Run.open(path).events() if event.get("loss") is not None]
 
 
 @pytest.mark.parametrize("given", [PRETRAIN, FINETUNE])

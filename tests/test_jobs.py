@@ -11,6 +11,7 @@ import sys
 import time
 
 import pytest
+from watching import losses, until
 
 from ragkit.config import EvaluateConfig, LSRConfig, RALTConfig
 from ragkit.job_commands import command_of_run
@@ -55,17 +56,6 @@ def jobs():
         if job.alive:
             job.kill()
             job.wait(20)
-
-
-def until(condition, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never came so far"
-        time.sleep(0.05)
-
-
-def losses(run):
-    return [event["loss"] for event in run.events() if event.get("loss") is not None]
 
 
 # ---- without a training ----

@@ -11,7 +11,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ragkit.config import Config
-from ragkit.estimate.figures import Estimate, size
+from ragkit.estimate.figures import Estimate
+from ragkit.units import size
 
 if TYPE_CHECKING:
     from ragkit.estimate.measured import Measured

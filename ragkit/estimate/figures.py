@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ragkit.tables import html_table
+from ragkit.units import duration, size
 
 PARTS = ("prepare", "training", "evaluation")
 
@@ -113,25 +113,3 @@ class Estimate:
 
     def _repr_html_(self) -> str:
         return html_table([["estimate", ""], *self._rows()], f"from {self.warmup_steps} steps that were really made")
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words, to two digits."""
-    for size, name in ((86400.0, "days"), (3600.0, "h"), (60.0, "min")):
-        if seconds >= 1.5 * size:
-            return f"{_two(seconds / size)} {name}"
-    return f"{_two(seconds)} s"
-
-
-def size(mib: float) -> str:
-    """MiB in words, to two digits."""
-    return f"{_two(mib / 1024)} GiB" if mib >= 995 else f"{_two(mib)} MiB"
-
-
-def _two(value: float) -> str:
-    """Two significant digits, written out."""
-    if value <= 0:
-        return "0"
-    places = 1 - math.floor(math.log10(value))
-    rounded = round(value, places)
-    return f"{rounded:,.{max(0, 1 - math.floor(math.log10(rounded)))}f}" if rounded < 10 else f"{rounded:,.0f}"

@@ -12,6 +12,7 @@ from typing import Any
 from ragkit.evaluation import Comparison, EvaluationResult, compare
 from ragkit.optional import require
 from ragkit.run_state import EventReader, RunState
+from ragkit.units import rough_duration, size
 from ragkit.widgets.base import BORDER, CODE, ERROR, QUIET, TEXT, escape
 
 # A sign and a word for each state: nothing hangs on a colour.
@@ -38,17 +39,6 @@ def shown_path(path: str | Path) -> str:
     return os.fspath(path)
 
 
-def duration(seconds: float) -> str:
-    """Seconds in words: "less than a minute", "about 3 minutes"."""
-    if seconds < 45:
-        return "less than a minute"
-    for size, one, many in ((86400.0, "day", "days"), (3600.0, "hour", "hours"), (60.0, "minute", "minutes")):
-        if seconds >= 1.5 * size or size == 60.0:
-            count = max(1, round(seconds / size))
-            return f"about {count} {one if count == 1 else many}"
-    raise AssertionError("unreachable")
-
-
 def progress_words(state: RunState, events: EventReader, goes_on: bool) -> str:
     """Step, total and remaining time in words."""
     if not state.total:
@@ -56,7 +46,7 @@ def progress_words(state: RunState, events: EventReader, goes_on: bool) -> str:
     words = f"step {state.step:,} of {state.total:,}"
     left = events.events[-1].get("remaining") if events.events else None
     if goes_on and left is not None and state.step < state.total:
-        words += f", {duration(left)} left"
+        words += f", {rough_duration(left)} left"
     return words
 
 
@@ -110,10 +100,10 @@ def machine_words(facts: Mapping[str, Any], pids: Iterable[int], events: EventRe
         words.append(where + (f", {processes} processes" if processes > 1 else ""))
     memory = memory_of(pids)
     if memory:
-        words.append(f"memory {_size(memory)}")
+        words.append(f"memory {size(memory / 2**20)}")
     gpu = events.last("gpu_mib")
     if gpu is not None:
-        words.append(f"GPU memory at most {_size(gpu * 2**20)}")
+        words.append(f"GPU memory at most {size(gpu)}")
     return " · ".join(words)
 
 
@@ -125,10 +115,6 @@ def memory_of(pids: Iterable[int]) -> int:
         with suppress(psutil.Error):
             total += psutil.Process(pid).memory_info().rss
     return total
-
-
-def _size(count: float) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
 # ---- before and after ----

@@ -7,7 +7,8 @@ from typing import Any
 from ragkit.jobs import Job
 from ragkit.run_state import RunState
 from ragkit.runs import Run
-from ragkit.widgets.run_view import duration, progress_words, shown_path
+from ragkit.units import rough_duration
+from ragkit.widgets.run_view import progress_words, shown_path
 from ragkit.widgets.thread_run import ThreadRun
 
 
@@ -48,7 +49,7 @@ def message_of(state: str, work: Any, status: RunState, can_resume: str) -> str:
         return f"Stopped {at}; {kept}." + _go_on(can_resume)
     if state == "finished":
         took = work.events.last("elapsed")
-        time = f" in {took:.0f} s" if took is not None and took < 90 else f" in {duration(took)}" if took else ""
+        time = f" in {took:.0f} s" if took is not None and took < 90 else f" in {rough_duration(took)}" if took else ""
         return f"Finished: {status.step:,} steps{time}. Everything is in {where}."
     if state == "failed":
         return _failed(status, run, can_resume)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
+import finetune_job as job
 import pytest
 import torch
 from hypothesis import given
@@ -25,10 +25,6 @@ from ragkit.gfm.datasets import (
 from ragkit.gfm.ragged import Ragged
 from ragkit.gfm_config import GFMDatasets
 from ragkit.graph import GraphError
-
-spec = importlib.util.spec_from_file_location("finetune_job", Path(__file__).with_name("finetune_job.py"))
-job = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(job)
 
 
 @pytest.fixture

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import json
 import logging
-from pathlib import Path
 
+import finetune_job as job
 import pytest
 import torch
+from watching import losses
 
 from ragkit.gfm import GFMSettings, GNNRetriever, QueryGNN, entity_weights, export_v1, load_gfm, save_gfm
 from ragkit.gfm.batches import EpochBatches
@@ -25,10 +25,6 @@ from ragkit.graph.names import Names
 from ragkit.graph.parts import GraphParts
 from ragkit.graph.report import LoadReport
 from ragkit.settings import ConfigError
-
-spec = importlib.util.spec_from_file_location("finetune_job", Path(__file__).with_name("finetune_job.py"))
-job = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(job)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,10 +42,6 @@ def root(tmp_path):
 
 def weights(model):
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-
-def losses(result):
-    return [event["loss"] for event in result.history if event.get("loss") is not None]
 
 
 def assert_equal_weights(found, expected):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import itertools
 import json
 import os
@@ -13,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import finetune_job as job
 import pytest
 import torch
 
@@ -21,10 +21,7 @@ from ragkit.gfm import load_gfm
 from ragkit.gfm.training import best_of
 from ragkit.runs import Run, RunError
 
-JOB = Path(__file__).with_name("finetune_job.py")
-spec = importlib.util.spec_from_file_location("finetune_job", JOB)
-job = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(job)
+JOB = Path(job.__file__)
 
 STEPS = 24  # 18 + 10 questions in batches of 4, each of one data set: 8 batches an epoch, 3 epochs
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
+import finetune_job
+import pretrain_job as job
 import pytest
 import torch
+from watching import losses
 
 from ragkit.gfm import GFMSettings, GNNRetriever, QueryGNN, TrueTriples, export_v1, load_gfm, save_gfm
 from ragkit.gfm import pretrain as pretrain_module
@@ -21,16 +21,6 @@ from ragkit.runs import Run
 from ragkit.settings import ConfigError
 
 
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-job, finetune_job = load("pretrain_job"), load("finetune_job")
-
-
 @pytest.fixture
 def root(tmp_path):
     return job.write_two(tmp_path)
@@ -38,10 +28,6 @@ def root(tmp_path):
 
 def weights(model):
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-
-def losses(result):
-    return [event["loss"] for event in result.history if event.get("loss") is not None]
 
 
 def assert_equal_weights(found, expected):

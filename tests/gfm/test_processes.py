@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import socket
@@ -10,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes_job as job
 import pytest
 import torch
 
@@ -18,10 +18,7 @@ from ragkit.gfm.training import best_of
 from ragkit.runs import Run
 
 pytestmark = pytest.mark.slow
-HERE = Path(__file__)
-spec = importlib.util.spec_from_file_location("processes_job", HERE.with_name("processes_job.py"))
-job = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(job)
+ROOT = Path(__file__).parents[2]
 
 KINDS = ["finetune", "pretrain"]
 
@@ -55,11 +52,10 @@ def launch(folder, tasks):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    root = HERE.parents[2]
-    path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
-        + [str(HERE.with_name("processes_job.py")), str(folder), *map(str, paths)],
+        + [job.__file__, str(folder), *map(str, paths)],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

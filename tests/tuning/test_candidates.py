@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import math
 import warnings
-from pathlib import Path
 
+import lsr_job as job
 import pytest
 import torch
 from hypothesis import given
@@ -23,9 +22,6 @@ from ragkit.tuning.lsr_table import summarise_teacher
 from ragkit.tuning.qa_data import DataError
 from ragkit.tuning.teacher import LSRRow, build_rows
 
-spec = importlib.util.spec_from_file_location("lsr_job", Path(__file__).with_name("lsr_job.py"))
-job = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(job)
 DIRECTIONS = ["KL(P_R||Q_LM)", "KL(Q_LM||P_R)"]
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from watching import until
 
 pytest.importorskip("flwr")
 
@@ -26,7 +27,7 @@ from ragkit.federated.local import train_round  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
-SOURCE = Path(__file__).with_name("federated_task.py")
+SOURCE = Path(__file__).parents[1] / "helpers" / "federated_task.py"
 BIN = Path(sys.executable).parent
 # A SuperNode that shows life as often as a SuperLink allows: it is then called gone after 10 to 20 s, not 30 to 60.
 SUPERNODE = """
@@ -43,14 +44,6 @@ def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-def until(condition, seconds, what):
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, f"no {what} in {seconds} s"
-        time.sleep(0.25)
-    return found
 
 
 def listening(port):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from ragkit_kernels.lsr_loss import retrieval_distribution
 from safetensors.torch import load_file
+from watching import losses
 
 from ragkit.config import ConfigError, LSRConfig
 from ragkit.runs import Run
@@ -29,10 +30,6 @@ def config(tmp_path):
 def prefers_food(example, passages):
     """A teacher for whom only the passages about food help."""
     return [0.0 if passage.id.endswith("food") else -5.0 for passage in passages]
-
-
-def losses(result):
-    return [event["loss"] for event in result.history if "loss" in event]
 
 
 def test_only_the_query_encoder_moves(system, questions, config, weights, same):

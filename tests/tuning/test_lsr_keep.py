@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import signal
 import socket
@@ -10,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lsr_job as job
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -23,10 +23,7 @@ from ragkit.tuning.qa_data import QAExample
 from ragkit.tuning.selection import Selection, hold_out_examples
 
 QUICK = {"eval_steps": 2, "learning_rate": 0.01}  # the best of the right teacher's steps is in the middle
-JOB = Path(__file__).with_name("lsr_job.py")
-spec = importlib.util.spec_from_file_location("lsr_job", JOB)
-job = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(job)
+JOB = Path(job.__file__)
 pytestmark = [
     pytest.mark.filterwarnings("ignore::ragkit.tuning.lsr_table.TeacherWarning"),
     pytest.mark.usefixtures("quick_collections"),

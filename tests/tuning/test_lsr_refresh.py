@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import json
 import shutil
 import signal
 from pathlib import Path
 
+import lsr_job as job
 import pytest
 import torch
 
@@ -19,10 +19,7 @@ from ragkit.tuning.qa_data import DataError, load_qa
 from ragkit.tuning.refresh import refresh_rows
 from ragkit.tuning.teacher import build_rows, teacher_scores
 
-JOB = Path(__file__).with_name("lsr_job.py")
-spec = importlib.util.spec_from_file_location("lsr_job", JOB)
-job = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(job)
+JOB = Path(job.__file__)
 pytestmark = pytest.mark.filterwarnings("ignore::ragkit.tuning.lsr_table.TeacherWarning")
 
 

@@ -9,6 +9,7 @@ import warnings
 
 import pytest
 import torch
+from watching import losses
 
 from ragkit.config import ConfigError, RALTConfig
 from ragkit.runs import Run, RunError
@@ -24,10 +25,6 @@ def config(tmp_path):
         return RALTConfig(**{"top_k": 2, "output_dir": str(tmp_path / "runs"), "train": train, **changes})
 
     return make
-
-
-def losses(result):
-    return [event["loss"] for event in result.history if "loss" in event]
 
 
 def test_rows_are_the_prompts_of_inference(system, questions, config):

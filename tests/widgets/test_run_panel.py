@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import os
@@ -12,10 +11,11 @@ import sys
 import threading
 import time
 import warnings
-from pathlib import Path
 
+import lsr_job
 import pytest
 from transformers import TrainerCallback
+from watching import losses, until
 
 from ragkit.config import LSRConfig, QueryConfig
 from ragkit.evaluation import EvaluationResult
@@ -23,12 +23,10 @@ from ragkit.run_state import EventReader, RunState
 from ragkit.run_text import as_command
 from ragkit.runs import Run, RunError
 from ragkit.settings import Problem
+from ragkit.units import rough_duration
 from ragkit.widgets import run_view, run_words
 from ragkit.widgets.run_panel import RunPanel
 
-spec = importlib.util.spec_from_file_location("lsr_job", Path(__file__).parents[1] / "tuning" / "lsr_job.py")
-lsr_job = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(lsr_job)
 STEPS = lsr_job.STEPS
 
 
@@ -60,17 +58,6 @@ def make(tmp_path):
         return made
 
     return trainer
-
-
-def until(condition, seconds=30):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never came so far"
-        time.sleep(0.01)
-
-
-def losses(run):
-    return [event["loss"] for event in run.events() if event.get("loss") is not None]
 
 
 def is_off(button):
@@ -466,7 +453,7 @@ def test_latest_finds_the_newest_run_of_a_command(make, tmp_path):
     ],
 )
 def test_time_in_words(seconds, words):
-    assert run_view.duration(seconds) == words
+    assert rough_duration(seconds) == words
 
 
 def test_progress_in_words(tmp_path):

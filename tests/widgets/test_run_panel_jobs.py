@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+from watching import losses, until
 
 from ragkit.config import LSRConfig, RALTConfig
 from ragkit.runs import Run, RunError
@@ -53,17 +54,6 @@ def panels():
         if panel._source.work is not None and panel._source.work.alive:
             panel._source.work.kill()
         panel.wait(20)
-
-
-def until(condition, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never came so far"
-        time.sleep(0.05)
-
-
-def losses(panel):
-    return [event["loss"] for event in Run.open(panel.run_dir).events() if event.get("loss") is not None]
 
 
 def test_a_name_that_is_taken_and_a_folder_that_is_a_file(tmp_path, monkeypatch):

@@ -6,26 +6,17 @@ what it ended with to FOLDER/NAME-RANK.pt.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
+import finetune_job
+import pretrain_job
 import torch
 
 from ragkit import processes
 from ragkit.config import GFMFinetuneConfig, GFMPretrainConfig
 from ragkit.runs import Run
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-finetune_job, pretrain_job = load("finetune_job"), load("pretrain_job")
 
 
 def trainer_of(task):
