@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ragkit import small_world
+from ragkit.json_lines import Places, parse_json_lines
 
 SHOWN = 5
 FIELDS = ("question_entities", "supporting_entities", "supporting_facts")
@@ -26,6 +27,7 @@ class QuestionRow:
 
     Attributes:
         number: Its place in the file, from 0 (v1's sample_id).
+        place: The same as messages count it: the line in a file of JSON lines.
         id: Its id; the number where it has none.
         question: The text.
         names: For each of `FIELDS` the names, each once.
@@ -33,6 +35,7 @@ class QuestionRow:
     """
 
     number: int
+    place: int
     id: str
     question: str
     names: dict[str, list[str]]
@@ -46,10 +49,11 @@ class QuestionReport:
     Attributes:
         source: The file.
         rows: Rows in it.
+        unit: What the numbers count: "row" from 0, or "line" of a file of JSON lines, from 1.
         reasons: Reason -> number of rows that were left out for it.
-        examples: (row number, reason) of the first few.
+        examples: (number, reason) of the first few.
         unlinked: Field -> number of its names that the graph does not have.
-        unlinked_examples: (row number, field, name) of the first few.
+        unlinked_examples: (number, field, name) of the first few.
     """
 
     source: str
@@ -58,6 +62,7 @@ class QuestionReport:
     examples: list[tuple[int, str]] = field(default_factory=list)
     unlinked: dict[str, int] = field(default_factory=dict)
     unlinked_examples: list[tuple[int, str, str]] = field(default_factory=list)
+    unit: str = "row"
 
     @property
     def num_skipped(self) -> int:
@@ -96,9 +101,9 @@ class QuestionReport:
     def __str__(self) -> str:
         lines = [f"{self.source}: {self.rows - self.num_skipped:,} of {self.rows:,} questions used"]
         lines += [f"  {count:,} skipped: {reason}" for reason, count in self.reasons.items()]
-        lines += [f"    row {number}: {reason}" for number, reason in self.examples]
+        lines += [f"    {self.unit} {number}: {reason}" for number, reason in self.examples]
         lines += [f"  {count:,} {name} not in the graph" for name, count in self.unlinked.items()]
-        lines += [f"    row {number}, {name}: {text!r}" for number, name, text in self.unlinked_examples]
+        lines += [f"    {self.unit} {number}, {name}: {text!r}" for number, name, text in self.unlinked_examples]
         return "\n".join(lines)
 
 
@@ -131,53 +136,48 @@ def read_rows(name: str, content: bytes, report: QuestionReport) -> list[Questio
     Raises:
         QuestionError: Invalid JSON, a field that is missing or of another type, or two different rows of one id.
     """
-    rows = _values(name, content)
+    rows, places = _values(name, content)
     found: list[QuestionRow] = []
     first: dict[str, tuple[int, Any]] = {}
-    report.rows = len(rows)
+    report.rows, report.unit = len(rows), places.unit
     for number, row in enumerate(rows):
+        where = places.full(number)
         if not isinstance(row, dict):
-            raise QuestionError(f"{name}, row {number}: expected an object, found {type(row).__name__}")
-        names = {key: _names(row, key, f"{name}, row {number}") for key in FIELDS}
+            raise QuestionError(f"{where}: expected an object, found {type(row).__name__}")
+        names = {key: _names(row, key, where) for key in FIELDS}
         question = row.get("question")
         if not isinstance(question, str):
-            raise QuestionError(
-                f"{name}, row {number}, field 'question': expected text, found {type(question).__name__}"
-            )
+            raise QuestionError(f"{where}, field 'question': expected text, found {type(question).__name__}")
         identity = str(number) if row.get("id") is None else str(row["id"])
         if identity in first:
             other, same = first[identity]
             if row != same:
-                raise QuestionError(f"{name}: rows {other} and {number} have the same id {identity!r}")
-            report.skip(number, "repeats another row")
+                raise QuestionError(f"{name}: {places.both(other, number)} have the same id {identity!r}")
+            report.skip(places.number(number), "repeats another row")
             continue
         first[identity] = number, row
         if question.strip():
-            found.append(QuestionRow(number, identity, question.strip(), names, bool(row.get("sub_question"))))
+            part = bool(row.get("sub_question"))
+            found.append(QuestionRow(number, places.number(number), identity, question.strip(), names, part))
         else:
-            report.skip(number, "no question")
+            report.skip(places.number(number), "no question")
     return found
 
 
-def _values(name: str, content: bytes) -> list[Any]:
+def _values(name: str, content: bytes) -> tuple[list[Any], Places]:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise QuestionError(f"{name}: not UTF-8 text: {error}") from error
     if name.endswith(".jsonl"):
-        lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-        return [_parse(line, f"{name}, line {number}") for number, line in lines]
-    value = _parse(text, name)
+        return parse_json_lines(text, name, QuestionError)
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise QuestionError(f"{name}: not valid JSON: {error}") from error
     if not isinstance(value, list):
         raise QuestionError(f"{name}: expected a JSON list of rows, found {type(value).__name__}")
-    return value
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise QuestionError(f"{where}: not valid JSON: {error}") from error
+    return value, Places(name)
 
 
 def _names(row: dict[str, Any], key: str, where: str) -> list[str]:

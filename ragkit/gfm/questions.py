@@ -186,7 +186,7 @@ def _make(name: str, content: bytes, graph: KnowledgeGraph, encoder: TextEncoder
         if empty is None:
             used.append(place)
         else:
-            report.skip(row.number, EMPTY[empty])
+            report.skip(row.place, EMPTY[empty])
     if not used:
         raise QuestionError(f"no question can be used. {report}")
     kept = [rows[place] for place in used]
@@ -216,7 +216,7 @@ def _link(
         for name in row.names[column]:
             identity = next(ids)
             if identity < 0:
-                report.unknown(row.number, column, name)
+                report.unknown(row.place, column, name)
             else:
                 found[identity] = None
         linked.append(list(found))

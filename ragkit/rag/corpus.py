@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ragkit import small_world
+from ragkit.json_lines import Places, parse_json_lines
 
 ID_FIELDS = ("id", "_id", "doc_id", "passage_id", "docid")
 TEXT_FIELDS = ("text", "passage_text", "content", "contents", "passage")
@@ -76,7 +77,7 @@ def load_corpus(source: Any) -> list[Passage]:
     """
     if isinstance(source, (str, Path)):
         return _load_path(source)
-    return _build(source, "the corpus")
+    return _build(source, Places("the corpus"))
 
 
 def _load_path(source: str | Path) -> list[Passage]:
@@ -97,19 +98,13 @@ def _load_path(source: str | Path) -> list[Passage]:
     except UnicodeDecodeError as error:
         raise CorpusError(f"{path} is not UTF-8 text ({error}); convert it first") from error
     if path.suffix.lower() in (".jsonl", ".ndjson"):
-        rows = []
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise CorpusError(f"{path}, line {number}: not JSON ({error.msg})") from error
-        return _build(rows, str(path))
+        rows, places = parse_json_lines(text, str(path), CorpusError)
+        return _build(rows, places)
     try:
         value = json.loads(text, object_pairs_hook=lambda pairs: _no_repeated_keys(pairs, path))
     except json.JSONDecodeError as error:
-        raise CorpusError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
-    return _build(value, str(path))
+        raise CorpusError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from error
+    return _build(value, Places(str(path)))
 
 
 def _no_repeated_keys(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
@@ -122,9 +117,9 @@ def _no_repeated_keys(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any
     return value
 
 
-def _build(source: Any, name: str) -> list[Passage]:
+def _build(source: Any, places: Places) -> list[Passage]:
     if isinstance(source, Mapping):
-        rows: Iterable[Any] = [_from_key(key, value, name) for key, value in source.items()]
+        rows: Iterable[Any] = [_from_key(key, value, places.name) for key, value in source.items()]
     elif hasattr(source, "iterrows"):  # a pandas.DataFrame
         rows = source.to_dict("records")
     elif isinstance(source, Iterable):
@@ -134,18 +129,18 @@ def _build(source: Any, name: str) -> list[Passage]:
     passages: list[Passage] = []
     first_row: dict[str, int] = {}
     for number, row in enumerate(rows):
-        passage = _passage(row, number, name)
+        passage = _passage(row, number, places.full(number))
         if not passage.text.strip():
-            raise CorpusError(f"{name}, row {number} (id {passage.id!r}): the passage has no text")
+            raise CorpusError(f"{places.full(number)} (id {passage.id!r}): the passage has no text")
         if passage.id in first_row:
             raise CorpusError(
-                f"{name}, row {number}: the id {passage.id!r} is that of row {first_row[passage.id]} too; "
+                f"{places.full(number)}: the id {passage.id!r} is that of {places.short(first_row[passage.id])} too; "
                 "ids must be unique (give each row an id)"
             )
         first_row[passage.id] = number
         passages.append(passage)
     if not passages:
-        raise CorpusError(f"{name} is empty: a RAG system needs at least one passage")
+        raise CorpusError(f"{places.name} is empty: a RAG system needs at least one passage")
     return passages
 
 
@@ -159,24 +154,24 @@ def _from_key(key: Any, value: Any, name: str) -> Passage:
     return Passage(str(key), value, re.sub(r" \[\d+\]$", "", str(key)))
 
 
-def _passage(row: Any, number: int, name: str) -> Passage:
+def _passage(row: Any, number: int, where: str) -> Passage:
     if isinstance(row, Passage):
         return row
     if isinstance(row, str):
         return Passage(str(number), row)
     if not isinstance(row, Mapping):
-        raise CorpusError(f"{name}, row {number}: expected a text or a dict with text, found {type(row).__name__}")
+        raise CorpusError(f"{where}: expected a text or a dict with text, found {type(row).__name__}")
     text, text_field = _first(row, TEXT_FIELDS)
     title, title_field = _first(row, TITLE_FIELDS)
     identifier, id_field = _first(row, ID_FIELDS)
     if text_field is None:
         columns = ", ".join(map(str, row)) or "no fields"
-        raise CorpusError(f"{name}, row {number}: no field text (found: {columns})")
+        raise CorpusError(f"{where}: no field text (found: {columns})")
     title = title if isinstance(title, str) else ""  # None, or the NaN with which pandas marks an empty cell
     if identifier is None:
         identifier = title or number
     if not isinstance(text, str):
-        raise CorpusError(f"{name}, row {number} (id {identifier!r}): the text is {text!r}, expected a string")
+        raise CorpusError(f"{where} (id {identifier!r}): the text is {text!r}, expected a string")
     rest = {str(key): value for key, value in row.items() if key not in (text_field, title_field, id_field)}
     if set(rest) == {"metadata"} and isinstance(rest["metadata"], Mapping):
         rest = dict(rest["metadata"])

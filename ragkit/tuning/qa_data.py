@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from ragkit import small_world
+from ragkit.json_lines import Places, parse_json_lines
 from ragkit.notes import note
 
 # Our field names, with the names other kits and data sets give the same column; the first one present is taken.
@@ -120,31 +121,32 @@ def load_qa(source: Any, columns: Mapping[str, str] | None = None, split: str | 
     """
     if isinstance(source, QAData):
         return source
-    name, rows = _read(source, split)
+    places, rows = _read(source, split)
+    name = places.name
     if rows and all(isinstance(row, QAExample) for row in rows):
-        return QAData(_unique(list(enumerate(rows)), name), name)
-    rows = _expand_columns(rows, name, columns)
+        return QAData(_unique(list(enumerate(rows)), places), name)
+    rows, places = _expand_columns(rows, places, columns)
     if not rows:
         raise DataError(f"{name}: no rows")
     fields = _match_columns(rows, name, columns)
     examples: list[tuple[int, QAExample]] = []
     skipped: list[tuple[int, str]] = []
     for number, row in enumerate(rows):
-        example = _example(row, number, fields, name)
+        example = _example(row, number, fields, places.full(number))
         if isinstance(example, str):
             skipped.append((number, example))
         else:
             examples.append((number, example))
     if skipped:
-        shown = "; ".join(f"row {number}: {reason}" for number, reason in skipped[:3])
+        shown = "; ".join(f"{places.short(number)}: {reason}" for number, reason in skipped[:3])
         note(f"{name}: skipped {len(skipped)} of {len(rows)} rows ({shown}{'; ...' if len(skipped) > 3 else ''})")
     if not examples:
-        raise DataError(f"{name}: all {len(rows)} rows are empty (row 0: {skipped[0][1]})")
-    return QAData(_unique(examples, name), name, skipped)
+        raise DataError(f"{name}: all {len(rows)} rows are empty ({places.short(0)}: {skipped[0][1]})")
+    return QAData(_unique(examples, places), name, skipped)
 
 
-def _read(source: Any, split: str | None) -> tuple[str, list[Any]]:
-    """(name for messages, list of rows or of dicts of columns)."""
+def _read(source: Any, split: str | None) -> tuple[Places, list[Any]]:
+    """(places for messages, list of rows or of dicts of columns)."""
     if isinstance(source, (str, Path)):
         return _read_path(source, split)
     if isinstance(source, Mapping):
@@ -152,21 +154,21 @@ def _read(source: Any, split: str | None) -> tuple[str, list[Any]]:
             wanted = split or "train"
             if wanted not in source:
                 raise DataError(f"the data set has no split {wanted!r}; it has {_names(source)}")
-            return f"split {wanted!r}", list(source[wanted])
-        return "the dict", [source]
+            return Places(f"split {wanted!r}"), list(source[wanted])
+        return Places("the dict"), [source]
     if hasattr(source, "to_dict") and hasattr(source, "columns"):  # pandas.DataFrame
-        return "the DataFrame", source.to_dict("records")
+        return Places("the DataFrame"), source.to_dict("records")
     if hasattr(source, "column_names"):  # datasets.Dataset
-        return "the Dataset", list(source)
+        return Places("the Dataset"), list(source)
     if isinstance(source, Sequence):
-        return "the list", list(source)
+        return Places("the list"), list(source)
     raise DataError(
         f"cannot read questions from a {type(source).__name__}; give a list of dicts, a dict of columns, a .jsonl or "
         ".json path, a GFM-RAG folder, a datasets.Dataset or a pandas.DataFrame"
     )
 
 
-def _read_path(source: str | Path, split: str | None) -> tuple[str, list[Any]]:
+def _read_path(source: str | Path, split: str | None) -> tuple[Places, list[Any]]:
     if str(source) == "small_world" and not Path(source).exists():
         path = small_world.path()
     else:
@@ -182,17 +184,14 @@ def _read_path(source: str | Path, split: str | None) -> tuple[str, list[Any]]:
     name = str(path) if str(source) != "small_world" else f"small_world ({path.stem})"
     text = path.read_text(encoding="utf-8-sig")
     if path.suffix == ".jsonl":
-        rows = []
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                rows.append(_json(line, f"{path}, line {number}"))
-        return name, rows
+        rows, places = parse_json_lines(text, name, DataError)
+        return places, rows
     value = _json(text, str(path))
     if isinstance(value, dict):
-        return name, [value]
+        return Places(name), [value]
     if not isinstance(value, list):
         raise DataError(f"{path}: expected a JSON list of rows or an object of columns, found {type(value).__name__}")
-    return name, value
+    return Places(name), value
 
 
 def _json(text: str, where: str) -> Any:
@@ -202,13 +201,19 @@ def _json(text: str, where: str) -> Any:
         raise DataError(f"{where}: not valid JSON: {error}") from error
 
 
-def _expand_columns(rows: list[Any], name: str, columns: Mapping[str, str] | None) -> list[dict[str, Any]]:
-    """Turns each dict of columns among the rows into its rows; a dict of columns has a list as its question."""
+def _expand_columns(
+    rows: list[Any], places: Places, columns: Mapping[str, str] | None
+) -> tuple[list[dict[str, Any]], Places]:
+    """Turns each dict of columns among the rows into its rows; a dict of columns has a list as its question.
+
+    Where there was one, the rows are no lines of their file any more.
+    """
+    name = places.name
     question_names = (columns or {}).get("question"), *ALIASES["question"]
     expanded: list[dict[str, Any]] = []
     for number, row in enumerate(rows):
         if not isinstance(row, Mapping):
-            raise DataError(f"{name}, row {number}: expected a dict, found {type(row).__name__} ({str(row)[:60]!r})")
+            raise DataError(f"{places.full(number)}: expected a dict, found {type(row).__name__} ({str(row)[:60]!r})")
         key = next((key for key in question_names if key in row), None)
         column = row[key] if key is not None else next(iter(row.values()), None)
         if isinstance(column, (str, Mapping)) or not isinstance(column, Sequence):
@@ -221,8 +226,9 @@ def _expand_columns(rows: list[Any], name: str, columns: Mapping[str, str] | Non
         if len(set(lengths.values())) > 1:
             listed = ", ".join(f"{k}: {length}" for k, length in lengths.items())
             raise DataError(f"{name}: the columns have different lengths ({listed})")
+        places = Places(name)
         expanded += [dict(zip(row, values, strict=True)) for values in zip(*row.values(), strict=True)]
-    return expanded
+    return expanded, places
 
 
 def _match_columns(rows: list[dict[str, Any]], name: str, columns: Mapping[str, str] | None) -> dict[str, str]:
@@ -255,16 +261,16 @@ def _match_columns(rows: list[dict[str, Any]], name: str, columns: Mapping[str, 
     return fields
 
 
-def _example(row: dict[str, Any], number: int, fields: dict[str, str], name: str) -> QAExample | str:
+def _example(row: dict[str, Any], number: int, fields: dict[str, str], where: str) -> QAExample | str:
     """The row's example, or the reason to leave it out."""
-    question = _text(row.get(fields["question"]), f"{name}, row {number}, field {fields['question']!r}")
-    answers = _texts(row.get(fields["answer"]), f"{name}, row {number}, field {fields['answer']!r}")
+    question = _text(row.get(fields["question"]), f"{where}, field {fields['question']!r}")
+    answers = _texts(row.get(fields["answer"]), f"{where}, field {fields['answer']!r}")
     if not question:
         return "empty row" if not answers else f"no {fields['question']}"
     more: dict[str, tuple[str, ...]] = {}
     for ours in ("answer_aliases", "supporting"):
         column = fields.get(ours)
-        more[ours] = _texts(row.get(column), f"{name}, row {number}, field {column!r}") if column else ()
+        more[ours] = _texts(row.get(column), f"{where}, field {column!r}") if column else ()
     identity = row.get(fields["id"]) if "id" in fields else None
     used = set(fields.values())
     return QAExample(
@@ -296,11 +302,11 @@ def _texts(value: Any, where: str) -> tuple[str, ...]:
     return tuple(text for item in values if (text := _text(item, where)))
 
 
-def _unique(examples: list[tuple[int, QAExample]], name: str) -> list[QAExample]:
+def _unique(examples: list[tuple[int, QAExample]], places: Places) -> list[QAExample]:
     seen: dict[str, int] = {}
     for number, example in examples:
         if example.id in seen:
-            raise DataError(f"{name}: rows {seen[example.id]} and {number} have the same id {example.id!r}")
+            raise DataError(f"{places.name}: {places.both(seen[example.id], number)} have the same id {example.id!r}")
         seen[example.id] = number
     return [example for _, example in examples]
 

@@ -108,6 +108,10 @@ def test_rows_that_are_refused(world, letters, tmp_path):
     refused("not UTF-8", tmp_path)
     (tmp_path / "rows.jsonl").write_text(json.dumps(row(0)) + "\n\n{]\n")
     refused("rows.jsonl, line 3: not valid JSON", tmp_path / "rows.jsonl")
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row(0)) + "\n\n" + json.dumps(row(1, None)))
+    refused("rows.jsonl, line 3, field 'question': expected text", tmp_path / "rows.jsonl")
+    (tmp_path / "rows.jsonl").write_text("\n" + json.dumps(row(1, entities=["Atlantis"])))
+    refused("line 2: no question entity in the graph", tmp_path / "rows.jsonl")
     with pytest.raises(QuestionError, match="the splits there are: train"):
         QuestionSet.load(tmp_path, world, letters(), "test", cache=False)
 

@@ -93,8 +93,14 @@ def test_errors_name_what_is_wrong(source, message):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"text": "x"}\n{"text": \n', "a.jsonl, line 2: not JSON"),
-        ("a.json", b'{"A": "x",\n "B"}', "a.json, line 2: not JSON"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": \n', "a.jsonl, line 2: not valid JSON"),
+        ("a.jsonl", b'{"text": "x"}\n\n{"text": ""}\n', r"a.jsonl, line 3 \(id '1'\): the passage has no text"),
+        (
+            "a.jsonl",
+            b'\n{"id": "a", "text": "x"}\n{"id": "a", "text": "y"}',
+            "line 3: the id 'a' is that of line 2 too",
+        ),
+        ("a.json", b'{"A": "x",\n "B"}', "a.json, line 2: not valid JSON"),
         ("a.json", b'{"A": "x", "A": "y"}', "a.json: the key 'A' stands there twice"),
         ("a.json", '{"A": "é"}'.encode("latin-1"), "a.json is not UTF-8"),
         ("a.json", b'[{"text": ""}]', r"a.json, row 0 \(id 0\)|a.json, row 0 \(id '0'\)"),

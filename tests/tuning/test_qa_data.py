@@ -138,6 +138,15 @@ def test_broken_files_name_file_and_line(tmp_path):
     lines.write_text(json.dumps(ROWS[0]) + '\n{"question": ')
     with pytest.raises(DataError, match=r"rows\.jsonl, line 2: not valid JSON"):
         load_qa(lines)
+    lines.write_text("\n" + json.dumps(ROWS[0]) + '\n\n{"question": 3, "answer": {}}')
+    with pytest.raises(DataError, match=r"rows\.jsonl, line 4, field 'answer': expected text, found dict"):
+        load_qa(lines)
+    lines.write_text("\n" + '{"question": "Q", "answer": "A", "id": 7}\n\n' * 2)
+    with pytest.raises(DataError, match=r"rows\.jsonl: lines 2 and 4 have the same id '7'"):
+        load_qa(lines)
+    lines.write_text('{"question": ["Q", "R"], "answer": ["A", true]}\n')  # columns: its rows are no lines
+    with pytest.raises(DataError, match=r"rows\.jsonl, row 1, field 'answer': expected text, found bool"):
+        load_qa(lines)
     text = tmp_path / "rows.json"
     text.write_text('"hello"')
     with pytest.raises(DataError, match="expected a JSON list of rows or an object of columns, found str"):
