@@ -5,8 +5,9 @@ Names are imported on first use, so `import ragkit` stays fast and pulls in neit
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ragkit.lazy import lazy_names
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,7 @@ _HOME = {
     "PromptTemplate": "ragkit.prompts",
     "load_qa": "ragkit.tuning.qa_data",
     "LSRTrainer": "ragkit.tuning.lsr",
+    "lsr_table": "ragkit.tuning.lsr_table",
     "RALTTrainer": "ragkit.tuning.ralt",
     "TrainerManager": "ragkit.tuning.manager",
     "KnowledgeGraph": "ragkit.graph.knowledge_graph",
@@ -70,18 +72,10 @@ if TYPE_CHECKING:
     from ragkit.rag.system import RAGSystem
     from ragkit.runs import Run
     from ragkit.tuning.lsr import LSRTrainer
+    from ragkit.tuning.lsr_table import lsr_table
     from ragkit.tuning.manager import TrainerManager
     from ragkit.tuning.qa_data import load_qa
     from ragkit.tuning.ralt import RALTTrainer
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'ragkit' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOME[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _HOME)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ragkit.gfm.checkpoint import as_link_predictor, as_retriever, export_v1, load_gfm, save_gfm
 from ragkit.gfm.evaluate import evaluate_datasets, evaluate_gfm, evaluate_rankers
@@ -23,6 +22,7 @@ from ragkit.gfm.shards import mean_metrics, merge_shards
 from ragkit.gfm.text_encoder import TextEncoder, embed_relations
 from ragkit.gfm.triples import TrueTriples, corrupt, graph_triples, hold_out
 from ragkit.gfm.weights_file import CheckpointError
+from ragkit.lazy import lazy_names
 
 if TYPE_CHECKING:
     from ragkit.gfm.entity_search import EntitySearch
@@ -95,13 +95,4 @@ _LATER = {  # these import transformers
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _LATER:
-        raise AttributeError(f"module 'ragkit.gfm' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_LATER[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, _LATER)

@@ -5,8 +5,9 @@ Names are imported on first use, so that this package can be imported without ip
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ragkit.lazy import lazy_names
 
 _HOME = {
     "ConfigForm": "ragkit.widgets.forms",
@@ -23,13 +24,4 @@ if TYPE_CHECKING:
     from ragkit.widgets.run_panel import RunPanel
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'ragkit.widgets' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOME[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _HOME)
