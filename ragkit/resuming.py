@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ragkit.inputs import CommandError
+from ragkit.run_opening import flat
 from ragkit.runs import Run, RunError
 from ragkit.settings import Config, ConfigError, load_config
 
@@ -37,13 +38,3 @@ def settings_of_run(run: Run, given: Config, command: str) -> Any:
             f"({other[0]}={theirs.get(other[0])}, now {mine[other[0]]}); leave them out, or start a new run"
         )
     return config
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted key."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, list):
-            value = [item.model_dump() if isinstance(item, Config) else item for item in value]
-        found.update(flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value})
-    return found

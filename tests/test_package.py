@@ -67,6 +67,7 @@ ROOMS = [
     ["ragkit.notes", "ragkit.runs", "ragkit.run_state", "ragkit.tables", "ragkit.threads"],
     [
         "ragkit.processes",
+        "ragkit.run_opening",
         "ragkit.trained_part",
         "ragkit.holding_out",
         "ragkit.best",

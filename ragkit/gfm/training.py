@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -26,9 +25,10 @@ from ragkit.gfm.shards import mean_metrics, merge_shards
 from ragkit.gfm.text_encoder import InstructedEncoder
 from ragkit.gfm_config import GFMRunConfig
 from ragkit.graph import KnowledgeGraph
-from ragkit.processes import is_first, join, rank, shared_run, world_size
+from ragkit.processes import is_first, join, rank, world_size
 from ragkit.rag.loading import resolve_device
-from ragkit.runs import Run, RunError
+from ragkit.run_opening import open_run
+from ragkit.runs import Run
 from ragkit.settings import ConfigError
 
 MODEL = "model"
@@ -175,15 +175,8 @@ class GFMTraining(ABC, Generic[M, C]):
         )
 
     def open_run(self, resume: bool) -> Run:
-        """The folder of this training: a new one, or for `resume` the one to go on with."""
-        config = self.config
-        if resume and self.run is None:
-            if config.name is None:
-                raise RunError("which run is to be resumed? give run=Run.open(...), or set name")
-            self.run = Run.open(Path(config.output_dir) / config.name)
-        elif not resume and (self.run is None or (self.trainer is not None and self.run.events())):
-            self.run = shared_run(lambda: Run.create(config, config.output_dir, config.name))
-        assert self.run is not None
+        """The run of this training: a new one, or for `resume` the one to go on with; see `run_opening.open_run`."""
+        self.run = open_run(self.config, self.run, resume, again=self.trainer is not None)
         return self.run
 
     def _order(self) -> EpochBatches:

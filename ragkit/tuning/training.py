@@ -6,13 +6,13 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import nn
 
 from ragkit.evaluation import EvaluationResult, evaluate
 from ragkit.notes import note
+from ragkit.run_opening import open_run
 from ragkit.runs import Run
 from ragkit.tuning.qa_data import DataError, QAData, QAExample, load_qa
 
@@ -112,14 +112,8 @@ class SystemTrainer(ABC):
         return evaluate(self.system, data, **options)
 
     def open_run(self, resume: bool) -> Run:
-        """The folder of this training: a new one, or for `resume` the one to go on with."""
-        if resume:
-            if self.run is None:
-                if self.config.name is None:
-                    raise ValueError("which run is to be resumed? give the trainer run=Run.open(...), or set name")
-                self.run = Run.open(Path(self.config.output_dir) / self.config.name)
-        elif self.run is None or (self._made_run and self.run.events()):  # trained before: a new run for it
-            self.run = Run.create(self.config, self.config.output_dir, self.config.name)
+        """The run of this training: a new one, or for `resume` the one to go on with; see `run_opening.open_run`."""
+        self.run = open_run(self.config, self.run, resume, again=self._made_run)
         return self.run
 
     def report_left_out(self, used: int) -> None:

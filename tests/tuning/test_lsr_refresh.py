@@ -12,8 +12,10 @@ import lsr_job as job
 import pytest
 import torch
 
+from ragkit.config import RALTConfig
 from ragkit.rag import retriever as retriever_module
-from ragkit.runs import Run
+from ragkit.run_opening import OtherSettingsWarning, open_run
+from ragkit.runs import Run, RunError
 from ragkit.tuning.candidates import Candidates
 from ragkit.tuning.qa_data import DataError, load_qa
 from ragkit.tuning.refresh import refresh_rows
@@ -203,7 +205,7 @@ def test_killed_and_resumed_equals_unbroken(part, unbroken, tmp_path, kill_when,
 
 
 def test_what_a_resumed_run_lacks_is_named(tmp_path):
-    config = job.settings(tmp_path, train={"max_steps": 5, "save_steps": 5})
+    config = job.settings(tmp_path, train={"max_steps": 5, "save_steps": 5, "schedule": "constant"})
     job.make_trainer(config).train()
     more = config.model_copy(deep=True)
     more.train.max_steps = 7
@@ -230,8 +232,24 @@ def test_another_interval_is_another_run(tmp_path):
     config = job.settings(tmp_path, train={"max_steps": 4})
     job.make_trainer(config).train()
     other = config.model_copy(update={"refresh_steps": 2})
-    with pytest.raises(DataError, match="started with other settings"):
+    with (
+        pytest.warns(OtherSettingsWarning, match="other settings and goes on with these: refresh_steps: 3, now 2$"),
+        pytest.raises(DataError, match="started with other settings"),
+    ):
         job.make_trainer(other).train(resume=True)
+
+
+def test_a_run_that_goes_on_with_other_settings_says_so(tmp_path):
+    config = job.settings(tmp_path, train={"max_steps": 4})
+    job.make_trainer(config).train()
+    other = config.model_copy(deep=True, update={"gamma": 0.7, "output_dir": str(tmp_path / "elsewhere")})
+    other.train.max_steps, other.train.logging_steps = 6, 2
+    run = Run.open(tmp_path / "run")
+    words = "started with other settings and goes on with these: train.max_steps: 4, now 6; gamma: 0.1, now 0.7$"
+    with pytest.warns(OtherSettingsWarning, match=words):
+        assert job.make_trainer(other, run=run).train(resume=True).steps == 6
+    with pytest.raises(RunError, match="cannot be gone on with as a run of RALTConfig"):
+        open_run(RALTConfig(), run, resume=True, again=False)
 
 
 def test_given_rows_must_be_of_the_questions(tmp_path):
