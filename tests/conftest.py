@@ -21,32 +21,59 @@ settings.register_profile("ragkit", derandomize=True, deadline=None)
 settings.load_profile("ragkit")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """`pytest -n auto --dist loadgroup`: a file stays in one process, with its fixtures; each notebook is alone.
+# What takes longest comes first, so that the processes end together.
+LONGEST = (
+    "test_notebooks.py",
+    "test_proof.py",
+    "test_triton_offline.py",
+    "test_commands.py",
+    "test_triton_interpreter.py",
+    "test_lab.py",
+    "test_jobs.py",
+    "test_run_panel_jobs.py",
+    "test_ipywidgets7.py",
+    "test_processes.py",
+    "test_engine.py",
+    "test_readme.py",
+    "test_docs.py",
+    "test_federated_deployment.py",
+    "test_federated.py",
+    "test_gfm_commands.py",
+    "test_quickstart.py",
+)
 
-    What takes longest comes first, so that the processes end together.
-    """
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        return
-    for item in items:
-        alone = item.path.name == "test_notebooks.py"
-        item.add_marker(
-            pytest.mark.xdist_group(item.nodeid if alone else str(item.path.relative_to(item.config.rootpath)))
-        )
+
+def pytest_addoption(parser):
+    parser.addoption("--everything", action="store_true", help="also what CI leaves out so that it ends in time")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves the tests marked `long` out, unless `--everything` asks for them."""
+    if not config.getoption("everything"):
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="takes long; pytest --everything runs it"))
     order = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
-LONGEST = (
-    "test_notebooks.py",
-    "test_lab.py",
-    "test_proof.py",
-    "test_quickstart.py",
-    "test_docs.py",
-    "test_commands.py",
-    "test_gfm_commands.py",
-)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """`pytest -n auto`: a file stays in one process, with its fixtures; each notebook is a piece of work of its own.
+
+    Not by `--dist loadgroup`, which groups nothing with pytest 9.2 and pytest-xdist 3.8: every test was alone, and
+    the fixtures of a file were made in each process.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.split("::")[0]
+            return nodeid if file.endswith("test_notebooks.py") else file
+
+    config.option.loadscopereorder = False  # the order is ours, not that of the number of tests
+    return ByFile(config, log)
+
 
 TEXTS = [
     "Passage: Lima is the capital of Peru.\nQuestion: What is the capital of Peru?\nAnswer: Lima",

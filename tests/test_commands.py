@@ -400,7 +400,9 @@ def test_two_processes_share_one_run_and_one_speaks(own, own_lm):
 @pytest.mark.parametrize(
     ("name", "published"),
     [
-        ("hotpot_mini", {"recall@2": 0.608, "recall@5": 0.755, "recall@10": 0.853}),
+        pytest.param(
+            "hotpot_mini", {"recall@2": 0.608, "recall@5": 0.755, "recall@10": 0.853}, marks=pytest.mark.long
+        ),
         ("wiki2_mini", {"recall@2": 0.584, "recall@5": 0.699, "recall@10": 0.724}),
     ],
 )

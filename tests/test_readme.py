@@ -22,7 +22,7 @@ def test_two_commands_end_as_they_should():
     lines = re.findall(r"```bash\n(python3 -m venv .*)\n```", README)
     assert [line.split(" && ")[-1] for line in lines] == [
         ".venv/bin/python -m ragkit quickstart",
-        ".venv/bin/python -m pytest -n auto --dist loadgroup",
+        ".venv/bin/python -m pytest -n auto",
     ]
 
 

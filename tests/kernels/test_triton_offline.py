@@ -18,16 +18,13 @@ import triton.language as tl  # noqa: E402
 from ragkit_kernels.relational_conv.triton_backend import tile_of  # noqa: E402
 from ragkit_kernels.relational_conv.triton_shipped import shipped_launches  # noqa: E402
 from ragkit_kernels.triton_tools import Launch, recording  # noqa: E402
-from triton_tools import COLUMNS, SHARED_MEMORY, Compiled, Config, compile_one, compile_shipped, faults, table  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def compiled() -> list[Compiled]:
-    return compile_shipped(shipped_launches)
+from triton_tools import COLUMNS, SHARED_MEMORY, Config, compile_one, compile_shipped, faults, table  # noqa: E402
 
 
 @pytest.mark.slow
-def test_every_shipped_configuration(compiled, capsys):
+@pytest.mark.parametrize("everything", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_every_shipped_configuration(everything, capsys):
+    compiled = compile_shipped(shipped_launches, everything=everything)
     with capsys.disabled():
         print("\n" + table(compiled))
     assert not faults(compiled), "\n".join(faults(compiled))

@@ -147,17 +147,28 @@ def compile_all(jobs: Iterable[tuple[Config, int]], processes: int = 2) -> list[
 
 
 def compile_shipped(
-    launches: Callable[[torch.dtype], Sequence[Launch]], columns: Sequence[tuple[int, str]] = COLUMNS
+    launches: Callable[[torch.dtype], Sequence[Launch]],
+    columns: Sequence[tuple[int, str]] = COLUMNS,
+    everything: bool = True,
 ) -> list[Compiled]:
     """Compiles every form that a backend ships, once for each (architecture, storage) of `columns`.
 
     Args:
         launches: What the backend launches for tensors of one dtype, recorded.
         columns: Pairs such as (80, "bf16"); a backend that needs sm_80 leaves the earlier ones out.
+        everything: False: every form for each architecture still, but with one storage there, in turns (a form is
+            compiled with other storages for other architectures, and the next form the other way round).
     """
     names = dict.fromkeys(name for _, name in columns)
     configs = {n: list(dict.fromkeys(Config.of(launch, n) for launch in launches(STORAGE[n]))) for n in names}
-    jobs = [(config, arch) for arch, name in columns for config in configs[name]]
+    archs = list(dict.fromkeys(arch for arch, _ in columns))
+    stored = {arch: [name for other, name in columns if other == arch] for arch in archs}
+    jobs = [
+        (config, arch)
+        for arch, name in columns
+        for number, config in enumerate(configs[name])
+        if everything or stored[arch][(number + archs.index(arch)) % len(stored[arch])] == name
+    ]
     return compile_all(jobs, processes=os.cpu_count() or 1)
 
 

@@ -56,10 +56,9 @@ def test_the_second_process_really_has_the_old_version(old):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
-def test_the_widgets_work_on_the_old_version(old, file):
+def test_the_widgets_work_on_the_old_version(old):
     # Not those of whole processes: which widgets show them changes nothing in them.
     fast = ("-m", "not slow", "-p", "no:xdist", "-p", "no:cacheprovider")
-    done = python(old, "-m", "pytest", "-q", *fast, str(file))
+    done = python(old, "-m", "pytest", "-q", *fast, *map(str, FILES))
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
