@@ -11,10 +11,9 @@ from ragkit.runs import Run, RunError
 from ragkit.settings import Config, ConfigError, load_config
 
 # What does not change what is trained.
-ASIDE = ("name", "output_dir", "resume")
-ASIDE += tuple(f"train.{key}" for key in ("logging_steps", "log_interval", "save_steps", "save_total_limit"))
-ASIDE += ("train.num_threads", "train.report_to")
-LENGTH = ("train.max_steps", "train.num_epochs", "train.num_epoch")
+ASIDE = {"name", "output_dir", "resume", "train.num_threads", "train.report_to"}
+ASIDE |= {f"train.{key}" for key in ("logging_steps", "log_interval", "save_steps", "save_total_limit")}
+LENGTH = {"train.max_steps", "train.num_epochs", "train.num_epoch"}
 
 
 class OtherSettingsWarning(UserWarning):
@@ -66,7 +65,7 @@ def other_settings(run: Run, config: Config) -> dict[str, tuple[Any, Any]]:
     except ConfigError as error:
         raise RunError(f"{run.dir} cannot be gone on with as a run of {type(config).__name__}: {error}") from error
     then, now = flat(started.model_dump()), flat(config.model_dump())
-    aside = {*ASIDE, *(LENGTH if now.get("train.schedule") == "constant" else ())}
+    aside = ASIDE | (LENGTH if now.get("train.schedule") == "constant" else set())
     return {key: (then.get(key), now[key]) for key in now if key not in aside and then.get(key) != now[key]}
 
 
