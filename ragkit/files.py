@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,18 +23,19 @@ def _as_others(path: str | Path, mode: int) -> None:
 def exclusive(handle: int) -> Iterator[None]:
     """Holds an open file for this process alone, against others that ask the same; a killed process lets go of it.
 
-    Where the system has no `flock` (Windows) nothing is held.
+    Where the system (Windows) or the file system (some network drives) has no `flock`, nothing is held.
     """
-    try:
+    held = False
+    with suppress(ImportError, OSError):
         import fcntl
-    except ImportError:
-        yield
-        return
-    fcntl.flock(handle, fcntl.LOCK_EX)
+
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        held = True
     try:
         yield
     finally:
-        fcntl.flock(handle, fcntl.LOCK_UN)
+        if held:
+            fcntl.flock(handle, fcntl.LOCK_UN)
 
 
 def try_lock(handle: int) -> bool | None:

@@ -30,7 +30,7 @@ def command_of_run(run: Run, record: dict[str, Any] | None = None) -> str | None
     if record and record.get("kind") in TRAININGS:
         return record["kind"]
     for command in TRAININGS:
-        with suppress(ConfigError, OSError):
+        with suppress(ConfigError, OSError, RunError):
             config = load_config(COMMANDS[command][0], run.config_path)
             if set(config.model_dump()) == set(run.config()):
                 return command_of(config)

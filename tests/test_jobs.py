@@ -93,6 +93,8 @@ def test_a_run_that_no_job_made(tmp_path):
         job.resume()
     Run.create(EvaluateConfig(), tmp_path, "c")
     assert command_of_run(Run(tmp_path / "c")) is None
+    (tmp_path / "c" / "config.yaml").write_text("")  # one broken run does not hide the others
+    assert command_of_run(Run(tmp_path / "c")) is None and latest(tmp_path, "ralt").name == "b"
 
 
 def test_a_number_that_is_another_process_now(tmp_path):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -328,3 +329,17 @@ def test_events_are_read_bit_by_bit(run):
     run.log({"step": 1, "total": 9, "loss": 5.0})
     assert reader.read() and reader.last("loss") == 5.0
     assert reader.events == run.events()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_where_the_file_system_has_no_locks_events_are_written_without(run, monkeypatch, number):
+    fcntl = pytest.importorskip("fcntl")
+
+    def no_locks(handle, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with run.hold() as held:
+        run.log({"step": 1, "total": 2, "loss": 1.0})
+        held.end("stopped")
+    assert len(run.events()) == 1 and run.state().name == "stopped"
