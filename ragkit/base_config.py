@@ -116,6 +116,7 @@ class RAGConfig(Config):
         "auto",
         '"auto" (GPU if there is one), "cpu", "cuda", "cuda:1" or "mps".',
         pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
+        form="auto, cpu, mps, cuda or cuda:N",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "float32", "Number format of the generator's weights; auto: as stored."

@@ -230,6 +230,7 @@ class GFMRunConfig(Config):
         "auto",
         '"auto" (GPU if there is one), "cpu", "cuda", "cuda:1" or "mps".',
         pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
+        form="auto, cpu, mps, cuda or cuda:N",
     )
     output_dir: str = setting("runs", "Folder that holds the run folders.", min_length=1)
     name: str | None = setting(None, "Name of the run folder; null: command and time.")
@@ -271,6 +272,7 @@ class GFMEvaluateConfig(Config):
         "auto",
         '"auto" (GPU if there is one), "cpu", "cuda", "cuda:1" or "mps".',
         pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
+        form="auto, cpu, mps, cuda or cuda:N",
     )
     bootstrap: int = setting(2000, "Resamples behind the intervals.", unit="resamples", ge=100, le=1_000_000)
     seed: int = setting(0, "Seed of the resampling.", unit="seed number", ge=0, lt=2**32)

@@ -30,6 +30,12 @@ LSR_PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+NO_CHECKPOINTING = (
+    "train.gradient_checkpointing: false, as the encoders stay in eval mode, where it has no effect; use a smaller "
+    "train.batch_size with train.gradient_accumulation_steps"
+)
+
+
 class LSRConfig(Config):
     """Fine-tunes the retriever from the language model's own scores of the passages (LSR)."""
 
@@ -117,6 +123,12 @@ class LSRConfig(Config):
     output_dir: str = setting("runs", "Folder that holds the run folders.", min_length=1)
     name: str | None = setting(None, "Name of the run folder; null: command and time.")
     resume: str | None = setting(None, "Run folder to go on with; its settings are taken from its config.yaml.")
+
+    @model_validator(mode="after")
+    def _checkpointing_has_no_effect(self) -> LSRConfig:
+        if self.train.gradient_checkpointing:
+            raise ValueError(NO_CHECKPOINTING)
+        return self
 
     @model_validator(mode="after")
     def _fill_preset(self) -> LSRConfig:

@@ -10,12 +10,24 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+# Units that say what a number is, not what it counts: "a number in similarity" is no English.
+NOT_COUNTED = {"factor", "factor times rank", "gradient norm", "probability", "seed number", "share per unit of rate"}
+NOT_COUNTED |= {"similarity", "unit of the score", "weight change per step"}
+
 
 def expectation(field: FieldInfo) -> str:
     """What a field takes, in words: "a whole number, 1 or more, in questions"."""
-    parts = [_type_words(field.annotation), *_limit_words(field.metadata)]
+    form = _extra(field, "form")
+    parts = [form] if form else [_type_words(field.annotation), *_limit_words(field.metadata)]
     unit = unit_of(field)
-    return ", ".join([*parts, f"in {unit}"] if unit else parts)
+    return ", ".join([*parts, unit_words(unit)] if unit else parts)
+
+
+def unit_words(unit: str) -> str:
+    """The unit as a part of `expectation`."""
+    if unit == "share":
+        return "as a share (0.1 is a tenth)"
+    return f"unit: {unit}" if unit in NOT_COUNTED else f"in {unit}"
 
 
 def _limit_words(metadata: Sequence[Any]) -> list[str]:
@@ -39,8 +51,12 @@ def _limit_words(metadata: Sequence[Any]) -> list[str]:
 
 def unit_of(field: FieldInfo) -> str | None:
     """The unit given to `setting`, if any."""
+    return _extra(field, "unit")
+
+
+def _extra(field: FieldInfo, name: str) -> str | None:
     extra = field.json_schema_extra
-    return str(extra["unit"]) if isinstance(extra, dict) and "unit" in extra else None
+    return str(extra[name]) if isinstance(extra, dict) and name in extra else None
 
 
 def parse_value(annotation: Any, raw: str) -> Any:
@@ -48,8 +64,8 @@ def parse_value(annotation: Any, raw: str) -> Any:
     try:
         value = yaml.safe_load(raw)
     except yaml.YAMLError:
-        if not {str, list} & _kinds(annotation):
-            raise
+        if not {str, list} & _kinds(annotation) or (str not in _kinds(annotation) and raw.lstrip().startswith("[")):
+            raise  # also a list whose bracket is not closed: it is not a list of one text
         value = raw
     kinds = _kinds(annotation)
     if str in kinds and value is not None and not isinstance(value, str):

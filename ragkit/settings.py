@@ -11,16 +11,17 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from ragkit.files import atomic_write_text
-from ragkit.setting_types import choices_of, expectation, parse_value
+from ragkit.setting_types import choices_of, expectation, options_of, parse_value
 
 C = TypeVar("C", bound="Config")
+OURS = ("value_error", "missing")  # pydantic's kinds of errors whose words are written here
 
 
 @dataclass(frozen=True)
@@ -127,16 +128,17 @@ class Config(BaseModel, metaclass=_ConfigType):
         return load_config(cls, text_or_path)
 
 
-def setting(default: Any, description: str, unit: str | None = None, **limits: Any) -> Any:
+def setting(default: Any, description: str, unit: str | None = None, form: str | None = None, **limits: Any) -> Any:
     """A field with its description, unit and range.
 
     Args:
         default: Value where the user gives none.
         description: One sentence for `--help`, forms and docs.
         unit: What a number counts ("questions", "steps"); numbers without a dimension say "factor" or the like.
-        **limits: `ge`, `gt`, `le`, `lt`, `min_length` as pydantic's `Field` takes them.
+        form: What a `pattern` allows, in words: messages say it in the place of the regular expression.
+        **limits: `ge`, `gt`, `le`, `lt`, `min_length`, `pattern` as pydantic's `Field` takes them.
     """
-    extra = {"unit": unit} if unit else None
+    extra = {name: words for name, words in (("unit", unit), ("form", form)) if words} or None
     if isinstance(default, list | dict):
         return Field(default_factory=default.copy, description=description, json_schema_extra=extra, **limits)  # type: ignore[arg-type]
     return Field(default=default, description=description, json_schema_extra=extra, **limits)  # type: ignore[arg-type]
@@ -337,10 +339,15 @@ def _readable(error: ValidationError, cls: type[Config]) -> ConfigError:
             continue
         inside = ".".join(parts[known + 1 :]) if len(parts) > known + 1 and parts[known].isdigit() else ""
         if inside:  # a list of groups: which of them, and which of its settings
-            key = f"{key}[{parts[known]}].{inside}"
-            problem = Problem(key, value, found["msg"].removeprefix("Input should be ").removeprefix("Value error, "))
-        elif found["type"] in ("value_error", "missing") or key not in fields:
-            problem = Problem(key, value, found["msg"].removeprefix("Value error, "))
+            field = next((item.model_fields.get(inside) for item in _item_classes(fields[key])), None)
+            key, said = f"{key}[{parts[known]}].{inside}", found["msg"].removeprefix("Value error, ")
+            problem = Problem(key, value, said if field is None or found["type"] in OURS else expectation(field))
+        elif found["type"] in OURS or key not in fields:
+            said = found["msg"].removeprefix("Value error, ")
+            about, _, rest = said.partition(": ")
+            if about in fields:  # a check of several settings says which of them it is about
+                key, said, value = about, rest, _value_at(value, about)
+            problem = Problem(key, value, said)
         else:
             item = [f" (item {part})" for part in parts[known:] if part.isdigit()]
             near = difflib.get_close_matches(str(value), choices_of(fields[key]), n=1)
@@ -350,6 +357,18 @@ def _readable(error: ValidationError, cls: type[Config]) -> ConfigError:
     lines = [str(problem) for problem in problems.values()]
     head = f"{cls.__name__}: " if len(lines) == 1 else f"{cls.__name__}: {len(lines)} settings are wrong\n  "
     return ConfigError(head + "\n  ".join(lines), list(problems.values()))
+
+
+def _item_classes(field: FieldInfo) -> list[type[Config]]:
+    """The class of the groups that a setting is a list of."""
+    items = [item for option in options_of(field.annotation) for item in get_args(option)]
+    return [item for item in items if isinstance(item, type) and issubclass(item, Config)]
+
+
+def _value_at(values: Any, key: str) -> Any:
+    for part in key.split("."):
+        values = values.get(part) if isinstance(values, dict) else getattr(values, part, None)
+    return values
 
 
 def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:

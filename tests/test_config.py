@@ -73,7 +73,7 @@ def test_help_names_every_key_with_its_default(cls):
 
 
 def test_help_shows_the_default_of_this_class_not_of_the_group():
-    assert "train.learning_rate  (a number, more than 0, at most 10, in weight change per step, default 0.001)" in (
+    assert "train.learning_rate  (a number, more than 0, at most 10, unit: weight change per step, default 0.001)" in (
         help_text(RALTConfig, "ralt")
     )
     assert "one of replug, ra_dit, fedrag or null" in help_text(LSRConfig, "lsr")

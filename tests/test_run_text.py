@@ -109,6 +109,8 @@ def settings_of(cls, most=12):
             inner[last] = value
         if cls is LossConfig and config.get("name") == "bce" and config.get("is_doc_loss"):
             config["doc_score"] = "simple"
+        if cls is LSRConfig:
+            config.get("train", {}).pop("gradient_checkpointing", None)  # refused there
         return cls(**config)
 
     def some(keys):

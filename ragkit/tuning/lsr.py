@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ragkit.config import ConfigError, LSRConfig
 from ragkit.engine import RunTrainer, TrainResult, run_training, training_arguments
 from ragkit.evaluation import EvaluationResult
+from ragkit.lsr_config import NO_CHECKPOINTING
 from ragkit.notes import note
 from ragkit.processes import is_first
 from ragkit.runs import Run, checkpoint_step
@@ -157,10 +158,7 @@ class LSRTrainer(SystemTrainer):
         if not callable(teacher) and teacher not in ("lm", "shuffled"):
             raise ConfigError(f'teacher: found {teacher!r}, expected "lm", "shuffled" or a function')
         if config.train.gradient_checkpointing:
-            raise ConfigError(
-                "train.gradient_checkpointing: the encoders stay in eval mode, where it has no effect; use a smaller "
-                "train.batch_size with train.gradient_accumulation_steps"
-            )
+            raise ConfigError(NO_CHECKPOINTING)  # a group that was changed later is not checked with the whole
         _check_trainable(system.retriever)
         self.teacher = teacher
         self._rows = list(rows) if rows is not None else None

@@ -89,7 +89,8 @@ def build_rows(
     rows = make_rows(pairs, teacher_scores(system.generator, pairs, config, teacher))
     if not callable(teacher):
         count = sum(len(row.lm_scores) for row in rows)
-        note(f"scored {count} (question, passage) pairs with the LM in {time.perf_counter() - started:.1f} s")
+        seconds = time.perf_counter() - started  # few where most scores were kept on disk
+        note(f"{count} (question, passage) pairs have the LM's scores, made or read in {seconds:.1f} s")
     return (shuffle_scores(rows, config.train.seed) if teacher == "shuffled" else rows), left_out
 
 

@@ -58,7 +58,10 @@ FIRST: dict[type[Config], list[str]] = {
 def problem_words(problem: Problem, with_key: bool) -> str:
     """A problem as it is told in a form."""
     found = "nothing" if problem.found in ("", None, [], {}) else f'"{problem.found}"'
-    if found != "nothing" and isinstance(problem.found, dict | list | Config):
+    if found == "nothing" and " or null" in problem.expected:
+        wanted = problem.expected.replace(" or null", "")
+        text = f'found nothing, expected {wanted}; to leave it open, take away the tick "set"'
+    elif found != "nothing" and isinstance(problem.found, dict | list | Config):
         text = problem.expected  # several settings that do not fit each other: what is in them is shown anyway
     else:
         text = f"found {found}, expected {problem.expected}"

@@ -14,6 +14,7 @@ from typing import Any
 from ragkit.commands import COMMANDS, command_of
 from ragkit.config import Config, ConfigError, Problem
 from ragkit.presets import PRESETS, preset, presets_of
+from ragkit.prompts import PromptError, get_template
 from ragkit.run_text import as_command, as_python, changes, compact, text_of
 from ragkit.settings import nearest_key, walk
 from ragkit.widgets.base import (
@@ -34,6 +35,9 @@ from ragkit.widgets.form_words import FIRST, changes_html, problem_words
 
 DEFAULTS, GIVEN = "defaults", "as given"
 HERE = "This is a form in a Jupyter front end. The next cell says the same in code."
+
+
+PROMPTS = {"prompt", "rag.prompt"}
 
 
 class ConfigForm(StaticBox):
@@ -276,13 +280,24 @@ class ConfigForm(StaticBox):
         except ConfigError as error:
             self._problems = list(error.problems) or [Problem(self.cls.__name__, "", str(error))]
         else:
-            self._problems = []
+            self._problems = self._prompt_problems()
+        if not self._problems:
             is_new = made != self._config
             self._config = made if is_new else self._config
         self._show()
         if not self._problems and is_new:
             for listener in self._listeners:
                 listener(self.config)
+
+    def _prompt_problems(self) -> list[Problem]:
+        """Prompt templates that do not exist: the settings classes, a room below, do not know which there are."""
+        problems = []
+        for key in PROMPTS & self._fields.keys():
+            try:
+                _ = get_template(self._fields[key].read())
+            except PromptError as error:
+                problems.append(Problem(key, self._fields[key].read(), f"a prompt template: {error}"))
+        return problems
 
     def _show(self) -> None:
         wrong: dict[int, str] = {}

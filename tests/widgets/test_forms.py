@@ -33,6 +33,7 @@ from ragkit.widgets.fields import Choice, Groups, Line, Tick
 
 ALL = [LSRConfig, RALTConfig, GFMPretrainConfig, GFMFinetuneConfig]
 KEYS = [(cls, key) for cls in ALL for key, _, inner in walk(cls) if inner is None]
+KEYS.remove((LSRConfig, "train.gradient_checkpointing"))  # it takes one value only
 NULLABLE = [(cls, key) for cls in ALL for key, info, _ in walk(cls) if NoneType in options_of(info.annotation)]
 
 
@@ -42,7 +43,7 @@ def at(config, key):
     return config
 
 
-def another(info, value):
+def another(key, info, value):
     """A valid value of a setting that is not `value`, and the text a person would type for it."""
     kind = next(option for option in options_of(info.annotation) if option is not NoneType)
     if get_origin(kind) is Literal:
@@ -50,6 +51,8 @@ def another(info, value):
         return other, other
     if kind is bool:
         return not value, not value
+    if key in ("prompt", "rag.prompt"):
+        return "é: {passages} {question}", "é: {passages} {question}"
     if kind is str:
         other = "cuda:1" if any(getattr(rule, "pattern", None) for rule in info.metadata) else "null: a text, é"
         return other, other
@@ -94,7 +97,7 @@ def test_what_is_typed_is_in_the_config_and_fills_another_form(forms, cls, key):
         field.items[0]["name"].input.value = "bce"
         field.items[0]["weight"].input.value = "0.25"
     else:
-        value, typed = another(field.info, at(cls(), key))
+        value, typed = another(key, field.info, at(cls(), key))
         field.input.value = typed
     assert form.errors == [] and field.problem == ""
     assert at(form.config, key) == value
@@ -131,7 +134,7 @@ def test_null_stays_null_until_it_is_set(forms, cls, key):
     form = forms[cls][0]
     form.config = cls()
     field = form.field(key)
-    value, typed = another(field.info, at(cls(), key))
+    value, typed = another(key, field.info, at(cls(), key))
     if isinstance(field, Choice):
         field.input.value = typed
         assert at(form.config, key) == value
@@ -197,7 +200,10 @@ def test_a_small_learning_rate_is_shown_and_kept():
         ("data.columns", "{question: ", "expected a mapping of texts to texts"),
         ("data.columns", "", "found nothing, expected a mapping"),
         ("train.report_to", "", "found nothing, expected a list"),
-        ("rag.device", "gpu", 'found "gpu", expected a text'),
+        ("rag.device", "gpu", 'found "gpu", expected auto, cpu, mps, cuda or cuda:N'),
+        ("rag.prompt", "plane", "unknown prompt template"),
+        ("prompt", "{question}", "must hold {passages} exactly once"),
+        ("valid_share", "10%", 'found "10%", expected a number or null, 0 or more, less than 1, as a share'),
     ],
 )
 def test_a_wrong_value_is_named_at_its_field_and_the_last_valid_ones_are_used(key, typed, words):
@@ -216,6 +222,31 @@ def test_a_wrong_value_is_named_at_its_field_and_the_last_valid_ones_are_used(ke
     assert not any(f.problem for f in others)
     form.config = before  # puts it right
     assert form.errors == [] and field.problem == "" and "✓" in form._summary.value
+
+
+def test_an_emptied_number_that_may_be_null_says_how_to_leave_it_open():
+    form = ConfigForm(LSRConfig)
+    form.field("train.max_steps").set.value = True
+    words = 'found nothing, expected a whole number, 1 or more, in steps; to leave it open, take away the tick "set"'
+    assert form.field("train.max_steps").problem == words
+    form.field("train.max_steps").set.value = False
+    assert form.errors == [] and form.config.train.max_steps is None
+
+
+def test_a_setting_that_has_no_effect_is_refused_beside_its_field():
+    form = ConfigForm(LSRConfig)
+    form.field("train.gradient_checkpointing").input.value = True
+    assert [problem.key for problem in form.errors] == ["train.gradient_checkpointing"]
+    assert "where it has no effect" in form.field("train.gradient_checkpointing").problem
+
+
+def test_a_list_whose_bracket_is_open_is_no_list():
+    form = ConfigForm(GFMFinetuneConfig)
+    field = form.field("datasets.train_names")
+    field.input.value = "[a, b"
+    assert field.problem == 'found "[a, b", expected a list, each a text, not empty'
+    field.input.value = "a [b]"
+    assert field.problem == "" and form.config.datasets.train_names == ["a [b]"]
 
 
 def test_a_folded_group_says_that_something_in_it_is_wrong():
@@ -277,7 +308,7 @@ def test_losses_are_added_changed_and_removed():
     field.items[3]["weight"].input.value = "-1"
     (problem,) = form.errors
     assert problem.key == "task.losses[3].weight"
-    assert "greater than or equal to 0" in field.items[3]["weight"].problem
+    assert "expected a number, 0 or more" in field.items[3]["weight"].problem
     assert form.config.task.losses[3].weight == 1.0
     button(field, "Remove loss 1").click()  # the wrong text stays with its loss
     assert form.errors[0].key == "task.losses[2].weight" and field.items[2]["weight"].input.value == "-1"
