@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from ragkit.files import atomic_write_json
 from ragkit.run_state import created
@@ -26,18 +27,29 @@ def main(path: Path) -> int:
             signal.signal(getattr(signal, name), lambda number, frame: None)
     pid = os.getpid()
     record |= {"pid": pid, "created": created(pid), "child": None, "child_created": None, "exit": None}
-    atomic_write_json(path, record)
+    _write(path, record)
     try:
         child = subprocess.Popen(record["arguments"], stdin=subprocess.DEVNULL)
     except OSError as error:
         print(f"ragkit: the command cannot be started: {error}", flush=True)
-        atomic_write_json(path, {**record, "exit": 2})
+        _write(path, {**record, "exit": 2})
         return 2
     record |= {"child": child.pid, "child_created": created(child.pid)}
-    atomic_write_json(path, record)
+    _write(path, record)
     record["exit"] = child.wait()
-    atomic_write_json(path, record)
+    _write(path, record)
     return 0
+
+
+def _write(path: Path, record: dict[str, Any]) -> None:
+    """Writes the record; where the disk is full, over the one that is there, whose place it has."""
+    try:
+        atomic_write_json(path, record)
+    except OSError:
+        data = json.dumps(record, ensure_ascii=False).encode()
+        with path.open("r+b", buffering=0) as file:
+            file.write(data)
+            file.truncate(len(data))
 
 
 if __name__ == "__main__":

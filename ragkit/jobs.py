@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -21,13 +22,13 @@ from typing import Any
 from ragkit.config import Config
 from ragkit.files import atomic_write_json, atomic_write_text
 from ragkit.job_commands import command_of_run, training_of
+from ragkit.job_log import last_lines, why
 from ragkit.optional import require
-from ragkit.run_state import EventReader, RunState, is_process, state_of
+from ragkit.run_state import JOB, EventReader, RunState, is_process, read_record, state_of
 from ragkit.runs import Run, RunError, check_name
 
 GRACE = 10.0  # seconds until a request to end is repeated more firmly
 STARTING = 30.0  # seconds that a process may take to say its number
-TAIL = 65536  # bytes of the log that are looked at
 
 
 class Job:
@@ -105,7 +106,8 @@ class Job:
             processes: As for `start`; None: as many as before.
 
         Raises:
-            RunError: It is still running, or there is nothing that a command could go on with.
+            RunError: It is still running, there is nothing that a command could go on with, or its process cannot be
+                started.
         """
         if self.alive or self.status().name == "running":
             raise RunError(f'the run "{self.run.dir}" is still running; stop it before you go on with it')
@@ -115,7 +117,13 @@ class Job:
         self.run.clear_stop()  # an old request; one that is made from now on is obeyed
         where = os.path.relpath(self.run.dir, self._cwd())
         where = str(self.run.dir) if where.startswith("..") else where
-        self._launch(command, [f"resume={where}"], processes or int(self.record().get("processes") or 1))
+        self._launch(command, [f"resume={where}"], processes or self.processes())
+
+    def processes(self) -> int:
+        """As many processes as worked on the run last, whoever started them."""
+        record, facts = self.record(), read_record(self.run.dir)
+        latest = facts if _began_after(facts, record) else record
+        return int(latest.get("processes") or record.get("processes") or 1)
 
     def resumable(self) -> tuple[str | None, str]:
         """(command that can go on with the run, "") or (None, why there is none)."""
@@ -135,41 +143,64 @@ class Job:
         return command, ""
 
     def _launch(self, command: str, arguments: list[str], processes: int) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "stop").unlink(missing_ok=True)
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         whole = [sys.executable, *(launcher if processes > 1 else []), "-m", "ragkit", command, *arguments]
-        cwd = self._cwd()
+        cwd, token = self._cwd(), secrets.token_hex(8)
         record = {
             "kind": command,
             "arguments": whole,
             "processes": processes,
             "cwd": cwd,
             "started": time.time(),
+            "token": token,  # is in the facts of the training that this process begins
+            "log_start": self.log_path.stat().st_size if self.log_path.exists() else 0,
             "pid": None,
             "exit": None,
         }
+        environment = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
+        environment |= {"PYTHONUNBUFFERED": "1", JOB: token}
+        before = self.record()
+        try:
+            self._spawn(record, environment)
+        except OSError as error:
+            with suppress(OSError):
+                if before:  # how the process before ended
+                    atomic_write_json(self.folder / "job.json", before)
+                else:
+                    (self.folder / "job.json").unlink(missing_ok=True)
+            raise RunError(
+                f'the run "{self.run.dir}" cannot be started: {error}. Its folder {cwd} must be there, and '
+                f"{self.folder} one that you may write to and that has room"
+            ) from error
+
+    def _spawn(self, record: dict[str, Any], environment: dict[str, str]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
         path = atomic_write_json(self.folder / "job.json", record)
         self._asked, self._signals = None, 0
-        environment = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
-        environment["PYTHONUNBUFFERED"] = "1"
         options: dict[str, Any] = {"start_new_session": True}
         if sys.platform == "win32":
             options = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
-        with (self.folder / "log.txt").open("ab") as log:
+        with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "ragkit.job_process", str(path)],
-                cwd=cwd,
+                cwd=record["cwd"],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 **options,
             )
+        (self.folder / "stop").unlink(missing_ok=True)  # an old request
 
     def _cwd(self) -> str:
         """The working folder of the command: the settings' paths are relative to it."""
-        return self.record().get("cwd") or os.getcwd()
+        cwd = self.record().get("cwd")
+        return cwd if cwd and os.path.isdir(cwd) else os.getcwd()  # the project may have been moved
+
+    @property
+    def log_path(self) -> Path:
+        """What the command said; one that goes on with the run adds to it."""
+        return self.folder / "log.txt"
 
     # ---- how it stands ----
 
@@ -217,54 +248,27 @@ class Job:
             return state
         if alive:
             name = {"running": "running"}.get(state.name, "starting")
-            if state.name in ("finished", "stopped", "failed") and self._began_after_start(state, record):
+            if state.name in ("finished", "stopped", "failed") and _is_of(state, record):
                 name = "ending"
             return _as(state, name)
         if not record or state.name == "running":  # another's training; or its guardian alone was killed
             return state
-        if record.get("exit") == 0 and there:
+        if record.get("exit") == 0:
             return state
-        if self._trained(record).name == "stopped" or (self.folder / "stop").exists():
+        own = _is_of(state, record)
+        if not own and _began_after(state.facts, record):
+            return state  # somebody else has gone on with the run since
+        if (own and state.name == "stopped") or (self.folder / "stop").exists():
             return _as(state, "stopped")
         if record.get("exit") is None:
-            return _as(state, "interrupted")
-        return _as(state, *self._why(state, int(record["exit"])))
-
-    @staticmethod
-    def _began_after_start(state: RunState, record: dict[str, Any]) -> bool:
-        """Whether the state is of this process's training, not of one before."""
-        return float(state.facts.get("began") or 0.0) >= float(record.get("started") or 0.0)
-
-    def _trained(self, record: dict[str, Any]) -> RunState:
-        """How the training of this process stands; "new" if it has not begun."""
-        state = state_of(self.run.dir, self.events)
-        return state if self._began_after_start(state, record) else RunState("new")
-
-    def _why(self, state: RunState, status: int) -> tuple[str, str | None]:
-        """(state, error) of a command that ended with a status other than 0."""
-        if status == 130:  # Ctrl-C
-            return "interrupted", None
-        if status < 0:
-            name = signal.Signals(-status).name if -status in list(signal.Signals) else f"signal {-status}"
-            more = ": the machine may have run out of memory" if name == "SIGKILL" else ""
-            return "interrupted", f"its process was ended from outside ({name}){more}"
-        return "failed", state.error or self._error_line() or f"the command ended with status {status}"
-
-    def _error_line(self) -> str | None:
-        """The line of the log that says what went wrong."""
-        lines = [line for line in self.log(200) if line.strip()]
-        ours = next((line for line in reversed(lines) if line.startswith("ragkit: ")), None)
-        return ours.removeprefix("ragkit: ") if ours else (lines[-1].strip() if lines else None)
+            # The process over the command cannot tell, but the training itself may have (a full disk).
+            return state if own and state.name == "failed" else _as(state, "interrupted")
+        said = last_lines(self.log_path, 200, int(record.get("log_start") or 0))
+        return _as(state, *why(int(record["exit"]), state.error if own else None, said))
 
     def log(self, lines: int = 20) -> list[str]:
         """The last lines of what the command said."""
-        try:
-            with (self.folder / "log.txt").open("rb") as file:
-                file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
-                text = file.read().decode("utf-8", errors="replace")
-        except OSError:
-            return []
-        return text.splitlines()[-lines:]
+        return last_lines(self.log_path, lines)
 
     # ---- stop ----
 
@@ -283,7 +287,8 @@ class Job:
             if not self.run.stop_requested:
                 self.run.request_stop()
             return
-        if self._trained(self.record()).name == "stopped":
+        trained = state_of(self.run.dir, self.events)
+        if trained.name == "stopped" and _is_of(trained, self.record()):
             return  # it has obeyed, and is about to end
         with suppress(OSError):
             (self.folder / "stop").touch()
@@ -376,6 +381,16 @@ def _reserve(root: Path, kind: str, name: str | None) -> Path:
             path.with_name(f"{path.name}.job").mkdir()
             return path
     raise RunError(f'"{root}" holds too many runs named {stem}')
+
+
+def _began_after(facts: dict[str, Any], record: dict[str, Any]) -> bool:
+    """Whether a training began after a process was started."""
+    return float(facts.get("began") or 0.0) >= float(record.get("started") or 0.0)
+
+
+def _is_of(state: RunState, record: dict[str, Any]) -> bool:
+    """Whether the state is of this process's training, not of one before, nor of one elsewhere since."""
+    return _began_after(state.facts, record) and state.facts.get("job") == record.get("token")
 
 
 def _as(state: RunState, name: str, error: str | None = None) -> RunState:

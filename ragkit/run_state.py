@@ -21,6 +21,7 @@ from ragkit.files import is_locked, try_lock
 from ragkit.optional import require
 
 FILE = "state.json"
+JOB = "RAGKIT_JOB"  # environment variable of a job's processes: the token of this start of it
 ENDS = ("stopped", "finished", "failed", "interrupted")
 
 
@@ -38,7 +39,8 @@ class RunState:
         step: The last step that has an event.
         total: Steps of the whole run; None until there is an event.
         error: What ended it, in words; None if nothing did.
-        facts: Who works (or worked last) on it: pid, host, began, program, device, threads, processes.
+        facts: Who works (or worked last) on it: pid, host, began, program, job, device, threads,
+            processes.
     """
 
     name: str
@@ -98,6 +100,7 @@ def hold(folder: Path, facts: dict[str, Any] | None = None) -> Iterator[Hold]:
             "host": socket.gethostname(),
             "began": time.time(),
             "program": _program(),
+            "job": os.environ.get(JOB),
             "locked": locked is True,
             **(facts or {}),
         }
@@ -136,6 +139,17 @@ def is_held(folder: Path, record: dict[str, Any] | None = None) -> bool:
     record = read_record(folder) if record is None else record
     held = is_locked(folder / FILE)
     return held if held is not None and record.get("locked", True) else _process_lives(record)
+
+
+def check_free(folder: Path) -> None:
+    """Looks whether a training could hold the run.
+
+    Raises:
+        BusyError: Another training holds it.
+    """
+    record = read_record(folder)
+    if is_held(folder, record):
+        raise BusyError(f"{_who(record)} works on it")
 
 
 def _process_lives(record: dict[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -13,11 +14,13 @@ import time
 import pytest
 from watching import losses, until
 
+from ragkit import job_process
 from ragkit.config import EvaluateConfig, LSRConfig, RALTConfig
 from ragkit.job_commands import command_of_run
 from ragkit.jobs import Job, latest
 from ragkit.run_state import is_process
 from ragkit.runs import Run, RunError
+from ragkit.widgets.run_words import where_words
 
 CAPITALS = {"Peru": "Lima", "Ghana": "Accra", "Norway": "Oslo", "Japan": "Tokyo", "Kenya": "Nairobi", "Fiji": "Suva"}
 
@@ -118,6 +121,173 @@ def test_the_line_that_says_what_went_wrong(tmp_path):
     assert job.status().error == "KeyError: 'x'"
     (job.folder / "job.json").write_text(json.dumps({"kind": "lsr", "exit": -9, "pid": 1, "created": 1.0}))
     assert job.status().name == "interrupted" and "run out of memory" in job.status().error
+
+
+def written(folder, name, status, log="", began=None, **record):
+    """A run with a job that has ended, as it is found later; `status` None: nobody wrote down how."""
+    run = Run.create(RALTConfig(), folder, name)
+    job = folder / f"{name}.job"
+    job.mkdir()
+    gone = {"pid": 2**22 + 1, "created": 1.0, "child": 2**22 + 2, "child_created": 1.0}
+    values = {"kind": "ralt", "arguments": [], "processes": 1, "cwd": str(folder), "started": time.time() - 100}
+    (job / "job.json").write_text(json.dumps({**values, **gone, "token": "ours", "exit": status, **record}))
+    (job / "log.txt").write_text(log)
+    return run
+
+
+def trained(run, state, error=None, job=None, **facts):
+    """A training that has worked on the run."""
+    with run.hold(program="ragkit", job=job, **facts) as held:
+        run.log({"step": 4, "total": 40, "loss": 1.0})
+        held.end(state, error)
+
+
+@pytest.mark.parametrize("status", [2, -9, 130, None])
+def test_the_end_of_a_job_is_not_that_of_a_training_in_a_shell_after_it(tmp_path, status):
+    run = written(tmp_path, "a", status, "ragkit: no room\n")
+    trained(run, "failed" if status == 2 else "interrupted", job="ours")
+    assert Job.attach(run.dir).status().name == ("failed" if status == 2 else "interrupted")
+    (tmp_path / "a.job" / "stop").touch()
+    assert Job.attach(run.dir).status().name == "stopped"
+    for state in ("finished", "stopped", "interrupted"):
+        trained(run, state)
+        assert Job.attach(run.dir).status() == run.state() and run.state().name == state
+    trained(run, "finished", job="ours")  # but it ended after its own training, while it scored
+    assert Job.attach(run.dir).status().name == "stopped"
+
+
+def test_a_training_says_which_start_of_a_job_it_is_of(tmp_path, monkeypatch):
+    run = Run.create(LSRConfig(), tmp_path, "a")
+    monkeypatch.setenv("RAGKIT_JOB", "this")
+    with run.hold():
+        assert run.state().facts["job"] == "this"
+    monkeypatch.delenv("RAGKIT_JOB")
+    with run.hold():
+        assert run.state().facts["job"] is None
+
+
+def test_a_run_goes_on_with_as_many_processes_as_before(tmp_path, monkeypatch):
+    run = Run.create(RALTConfig(), tmp_path, "a")
+    trained(run, "stopped", processes=2)  # torchrun in a shell
+    job = Job.attach(run.dir)
+    launched = []
+    monkeypatch.setattr(Job, "_launch", lambda self, command, arguments, processes: launched.append(processes))
+    job.resume()
+    job.resume(3)
+    assert launched == [2, 3]
+    run = written(tmp_path, "b", 2, processes=4)  # it failed before it trained
+    assert Job.attach(run.dir).processes() == 4
+    trained(run, "stopped", processes=2)
+    assert Job.attach(run.dir).processes() == 2
+    assert Job.attach(written(tmp_path, "c", 2).dir).processes() == 1
+    words = where_words(job, "stopped")
+    assert "in a shell: torchrun --nproc_per_node 2 -m ragkit ralt resume=" in words
+    assert "in a shell: python -m ragkit ralt resume=" in where_words(Job(tmp_path / "c"), "failed")
+
+
+def test_the_error_is_that_of_the_last_start(tmp_path):
+    old = "ragkit: the loss is nan\n"
+    run = written(tmp_path, "a", 2, old + "Killed in the middle\n", log_start=len(old))
+    trained(run, "failed", "the loss is nan", job="before")
+    record = json.loads((tmp_path / "a.job" / "job.json").read_text())
+    (tmp_path / "a.job" / "job.json").write_text(json.dumps({**record, "started": time.time() + 1}))
+    assert Job.attach(run.dir).status().error == "Killed in the middle"
+    (tmp_path / "a.job" / "log.txt").write_text(old)
+    assert Job.attach(run.dir).status().error == "the command ended with status 2"
+    run = written(tmp_path, "b", 2, "ragkit: this\n")
+    trained(run, "failed", "this, in full", job="ours")
+    assert Job.attach(run.dir).status().error == "this, in full"
+
+
+def test_a_full_disk_hides_no_error(tmp_path, monkeypatch):
+    run = written(tmp_path, "a", None)  # the process over the command could not write either
+    trained(run, "failed", "checkpoint-5 cannot be written: make room", job="ours")
+    state = Job.attach(run.dir).status()
+    assert (state.name, state.error) == ("failed", "checkpoint-5 cannot be written: make room")
+
+    def full(path, value):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(job_process, "atomic_write_json", full)
+    monkeypatch.setattr(job_process.signal, "signal", lambda number, handler: None)
+    path = tmp_path / "a.job" / "job.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, "arguments": [sys.executable, "-c", "raise SystemExit(3)"]}, indent=8))
+    assert job_process.main(path) == 0
+    record = json.loads(path.read_text())
+    assert record["exit"] == 3 and record["pid"] == os.getpid() and record["token"] == "ours"
+
+
+SUMMARY = """Traceback (most recent call last):
+  File "torch/distributed/run.py", line 1032, in <module>
+    raise ChildFailedError(
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+============================================================
+ragkit.__main__ FAILED
+------------------------------------------------------------
+Failures:
+[1]:
+  traceback : Signal 15 (SIGTERM) received by PID 30587
+------------------------------------------------------------
+Root Cause (first observed failure):
+[0]:
+  exitcode  : 2 (pid: 30588)
+  error_file: <N/A>
+  traceback : {cause}
+============================================================
+"""
+SENDING = (
+    "W1126 09:56:17.633000 30583 torch/distributed/elastic/multiprocessing/api.py:1028] Sending process 1 SIGTERM\n"
+)
+
+
+@pytest.mark.parametrize(
+    "said, cause, expected",
+    [
+        ("[rank1]: RuntimeError: CUDA out of memory\n[rank1]: note\n", "none", "RuntimeError: CUDA out of memory"),
+        ("ValueError: a\ntorch.OutOfMemoryError: b\n", "none", "torch.OutOfMemoryError: b"),
+        ("ragkit: no corpus\nOSError: later\n", "none", "no corpus"),
+        ("loading\n----\n", "none", "loading"),
+        ("", "none", "the command ended with status 1"),
+        ("ragkit: closed by peer\n", "Signal 9 (SIGKILL) received by PID 3", "one of its processes was ended from "
+         "outside (SIGKILL): the machine may have run out of memory"),
+    ],
+)  # fmt: skip
+def test_what_went_wrong_stands_before_the_summary_of_torchrun(tmp_path, said, cause, expected):
+    run = written(tmp_path, "a", 1, said + SENDING + SUMMARY.format(cause=cause), processes=2)
+    state = Job.attach(run.dir).status()
+    assert (state.name, state.error) == ("failed", expected)
+
+
+def test_a_run_folder_that_was_deleted_while_nobody_looked(tmp_path):
+    run = written(tmp_path, "a", 0, "use it:     python -m ragkit query\n")
+    shutil.rmtree(run.dir)
+    state = Job.attach(run.dir).status()
+    assert state.name == "missing" and state.error is None
+
+
+def test_a_project_that_was_renamed_and_a_process_that_cannot_be_started(tmp_path, monkeypatch):
+    run = written(tmp_path, "a", -9, cwd=str(tmp_path / "old"))
+    monkeypatch.chdir(tmp_path)
+    started = []
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **options: started.append(options))
+    job = Job.attach(run.dir)
+    job._launch("ralt", ["resume=a"], 1)
+    assert started[0]["cwd"] == str(tmp_path) and job.record()["cwd"] == str(tmp_path)
+    assert started[0]["env"]["RAGKIT_JOB"] == job.record()["token"] != "ours"
+    run = written(tmp_path, "b", -9)
+    (tmp_path / "b.job" / "stop").touch()
+    before = Job.attach(run.dir).record()
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "no python"))
+    job = Job.attach(run.dir)
+    with pytest.raises(RunError, match=r"b\" cannot be started: .*no python.*\. Its folder .* must be there"):
+        job.resume()
+    assert job.record() == before and not job.alive and job.status().name == "stopped"
+    with pytest.raises(RunError, match="cannot be started"):
+        Job.start(RALTConfig(output_dir="runs", name="c"))
+    assert not Job(tmp_path / "runs" / "c").alive
 
 
 # ---- with one ----

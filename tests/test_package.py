@@ -87,6 +87,7 @@ ROOMS = [
         "ragkit.commands",
         "ragkit.jobs",
         "ragkit.job_commands",
+        "ragkit.job_log",
         "ragkit.job_process",
         "ragkit.dev",
         "ragkit.estimate",

@@ -71,7 +71,8 @@ def _starting(work: Any) -> str:
 def _failed(status: RunState, run: Run, can_resume: str) -> str:
     error = _sentence(f"{status.error or 'the training ended with an error'}")
     if not status.step:
-        return f"Failed before the first step: {error} Put this right, and press Start."
+        how = "press Resume; with other settings, start a new run" if not can_resume else "start a new run"
+        return f"Failed before the first step: {error} Put this right, and {how}."
     last = run.last_checkpoint()
     if last is None or can_resume:
         return f"Failed at step {status.step:,} of {status.total:,}: {error}"
@@ -111,7 +112,9 @@ def where_words(work: Any, state: str) -> str:
             use = next((line for line in work.log(30) if line.startswith("use it:")), "")
             words += f" · {' '.join(use.split())}" if use else ""
         elif state in ("stopped", "interrupted", "failed") and work.resumable()[0]:
-            words += f" · in a shell: python -m ragkit {work.resumable()[0]} resume={where}"
+            many = work.processes()
+            python = f"torchrun --nproc_per_node {many}" if many > 1 else "python"
+            words += f" · in a shell: {python} -m ragkit {work.resumable()[0]} resume={where}"
         elif state in ("starting", "running", "stopping"):
             words += f' · later, or in another notebook: RunPanel.attach("{where}")'
     elif state in ("stopped", "interrupted"):

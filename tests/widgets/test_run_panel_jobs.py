@@ -69,6 +69,25 @@ def test_a_name_that_is_taken_and_a_folder_that_is_a_file(tmp_path, monkeypatch)
         panel.run()
 
 
+def test_a_panel_on_a_run_that_failed_says_how_to_go_on(tmp_path, monkeypatch):
+    """Its Start is off: what it names is Resume, or a new run."""
+    monkeypatch.chdir(tmp_path)
+    run = Run.create(RALTConfig(), "runs", "a")
+    folder = tmp_path / "runs" / "a.job"
+    folder.mkdir()
+    (folder / "job.json").write_text(json.dumps({"kind": "ralt", "exit": 2, "pid": 1, "created": 1.0, "started": 5}))
+    (folder / "log.txt").write_text("ragkit: no usable question\n")
+    panel = RunPanel.attach(run.dir)
+    words = "Failed before the first step: No usable question. Put this right, and "
+    assert panel.state == "failed" and panel.start_button.disabled and not panel.resume_button.disabled
+    assert panel.message == words + "press Resume; with other settings, start a new run."
+    run.config_path.write_text("")
+    run.config_path.unlink()
+    run.dir.rmdir()
+    panel = RunPanel.attach(run.dir)
+    assert panel.resume_button.disabled and panel.message == words + "start a new run."
+
+
 @pytest.mark.slow
 def test_start_watch_stop_resume_and_the_table(own, panels, tmp_path):
     panel = RunPanel(own(steps=400))
@@ -139,7 +158,7 @@ def test_stop_before_the_first_step(own, panels):
 def test_a_command_that_fails_at_once(own, panels):
     panel = RunPanel(own(corpus="nowhere.jsonl"))
     panels.append(panel)
-    with pytest.raises(RunError, match=r"Failed before the first step: .*nowhere\.jsonl.* and press Start\."):
+    with pytest.raises(RunError, match=r"Failed before the first step: .*nowhere\.jsonl.* and start a new run\."):
         panel.run()
     assert panel.state == "failed" and "nowhere.jsonl" in panel.display.log.value
     assert panel.display.where.value.count("log.txt") == 1
