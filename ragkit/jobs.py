@@ -24,7 +24,7 @@ from ragkit.files import atomic_write_json, atomic_write_text
 from ragkit.job_commands import command_of_run, training_of
 from ragkit.job_log import last_lines, why
 from ragkit.optional import require
-from ragkit.run_state import JOB, EventReader, RunState, is_process, read_record, state_of
+from ragkit.run_state import JOB, EventReader, RunState, is_held, is_process, read_record, state_of
 from ragkit.runs import Run, RunError, check_name
 
 GRACE = 10.0  # seconds until a request to end is repeated more firmly
@@ -303,7 +303,8 @@ class Job:
         pids = self.pids()
         self._send(pids, _KILL)
         deadline = time.monotonic() + GRACE  # a process that holds much memory takes a moment to go
-        while any(is_process(pid, None) for pid in pids) and time.monotonic() < deadline:
+        # Its last thread lets go of the run, which may be a moment after it counts as ended.
+        while (any(is_process(pid, None) for pid in pids) or is_held(self.run.dir)) and time.monotonic() < deadline:
             time.sleep(0.02)
 
     def _signal(self, number: int) -> None:
@@ -390,7 +391,8 @@ def _began_after(facts: dict[str, Any], record: dict[str, Any]) -> bool:
 
 def _is_of(state: RunState, record: dict[str, Any]) -> bool:
     """Whether the state is of this process's training, not of one before, nor of one elsewhere since."""
-    return _began_after(state.facts, record) and state.facts.get("job") == record.get("token")
+    same = state.facts.get("job", "") == record.get("token", "")  # neither is there in files of an older ragkit
+    return same and _began_after(state.facts, record)
 
 
 def _as(state: RunState, name: str, error: str | None = None) -> RunState:

@@ -152,6 +152,11 @@ def test_the_end_of_a_job_is_not_that_of_a_training_in_a_shell_after_it(tmp_path
     for state in ("finished", "stopped", "interrupted"):
         trained(run, state)
         assert Job.attach(run.dir).status() == run.state() and run.state().name == state
+    record = json.loads((tmp_path / "a.job" / "job.json").read_text())
+    token = record.pop("token")  # a job of an older ragkit
+    (tmp_path / "a.job" / "job.json").write_text(json.dumps(record))
+    assert Job.attach(run.dir).status() == run.state()
+    (tmp_path / "a.job" / "job.json").write_text(json.dumps({**record, "token": token}))
     trained(run, "finished", job="ours")  # but it ended after its own training, while it scored
     assert Job.attach(run.dir).status().name == "stopped"
 
