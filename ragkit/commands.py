@@ -33,7 +33,7 @@ from ragkit.console import Out, explain, silence_libraries, step_lines, stop_on_
 from ragkit.files import atomic_write_json
 from ragkit.gfm_commands import evaluate_gfm_command, finetune_command, pretrain_command, set_threads
 from ragkit.inputs import CommandError, load_questions, open_retrieval, open_system
-from ragkit.resuming import settings_of_run
+from ragkit.resuming import begin_with, settings_of_run
 from ragkit.runs import Run
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def tune(config: LSRConfig | RALTConfig, out: Out) -> int:
     from ragkit.tuning.lsr import LSRTrainer
     from ragkit.tuning.ralt import RALTTrainer
 
-    resumed = Run.open(config.resume) if config.resume is not None else None
+    resumed = begin_with(config.resume) if config.resume is not None else None
     if resumed is not None:
         config = settings_of_run(resumed, config, command_of(config))
     command = command_of(config)

@@ -16,7 +16,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from ragkit.config import TrainConfig
-from ragkit.run_callback import NothingLeftError, RunCallback, ZeroGradientWarning
+from ragkit.not_finite import NonFiniteLossError, describe
+from ragkit.run_callback import NothingLeftError, RunCallback, ZeroGradientWarning, on_any_process
 from ragkit.run_state import one_line
 from ragkit.runs import Run, RunError, checkpoint_is_complete, checkpoint_step
 from ragkit.train_result import TrainResult, result_of
@@ -49,20 +50,6 @@ __all__ = [
 logger = logging.getLogger("ragkit")
 
 LossFunction = Callable[[nn.Module, dict[str, Any]], Tensor]
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss became nan or infinite.
-
-    Attributes:
-        step: The optimizer step (counted from 1) that was not made.
-        ids: Ids of the questions in the batch, empty if the batch carries none.
-    """
-
-    def __init__(self, message: str, step: int, ids: tuple[str, ...] = ()):
-        super().__init__(message)
-        self.step = step
-        self.ids = ids
 
 
 # ---- the Trainer ----
@@ -115,6 +102,7 @@ class RunTrainer(Trainer):
         super().__init__(model=model, args=args, **kwargs)
         self.remove_callback(PrinterCallback)  # prints a dictionary a step; the events are in the run folder
         self.run = run
+        self._not_finite: tuple[str, tuple[str, ...]] | None = None  # this process's first such batch of the step
         self.run_callback = RunCallback(run, keep)
         self.add_callback(self.run_callback)
         own_loss = loss_fn is not None or type(self).compute_loss is not RunTrainer.compute_loss
@@ -138,17 +126,35 @@ class RunTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One forward and backward pass; a loss that is not finite ends the run before the optimizer sees it."""
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if not bool(torch.isfinite(loss).all()):
-            step = self.state.global_step + 1
+        if self._not_finite is None and not bool(torch.isfinite(loss).all()):
             ids = tuple(str(identifier) for identifier in inputs.get("ids") or ())
-            message = (
-                f"the loss is {float(loss):g} at step {step} in the batch of {_describe(inputs)}; the step was not "
-                "made. If the loss grew before, a smaller train.learning_rate or train.precision=fp32 helps; "
-                "otherwise look at these rows."
-            )
-            self.run.log({"step": step, "total": self.state.max_steps, "error": message})
-            raise NonFiniteLossError(message, step, ids)
+            step = self.state.global_step + 1
+            self._not_finite = (f"the loss is {float(loss):g} at step {step} in the batch of {describe(inputs)}", ids)
+        # All processes end together: one that ends alone leaves the others with an error of the connection. They ask
+        # each other once a step, at its last batch.
+        together = self.args.world_size > 1
+        if (self.accelerator.sync_gradients or not together) and on_any_process(bool(self._not_finite), self.args):
+            self._end_not_finite()
         return loss
+
+    def _end_not_finite(self) -> None:
+        """Says on every process what the first one with such a loss has found."""
+        found: list[Any] = [self._not_finite]
+        if self.args.world_size > 1:
+            found = found * self.args.world_size
+            torch.distributed.all_gather_object(found, self._not_finite)
+        self._not_finite = None
+        words, ids = next(one for one in found if one is not None)
+        step = self.state.global_step + 1
+        message = (
+            f"{words}; the step was not made. If the loss grew before, a smaller train.learning_rate or "
+            "train.precision=fp32 helps; otherwise look at these rows."
+        )
+        if self.is_world_process_zero():
+            self.run.log({"step": step, "total": self.state.max_steps, "error": message})
+        if self.args.world_size > 1:
+            torch.distributed.barrier()  # the launcher ends all of them as soon as one has ended
+        raise NonFiniteLossError(message, step, ids)
 
     def prediction_step(
         self,
@@ -272,6 +278,13 @@ def run_training(trainer: RunTrainer, run: Run | None = None, resume: bool = Fal
         NonFiniteLossError: The loss became nan or infinite.
     """
     run = trainer.run if run is None else run
+    try:
+        return _trained(trainer, run, resume)
+    finally:
+        run.end_resume()
+
+
+def _trained(trainer: RunTrainer, run: Run, resume: bool) -> TrainResult:
     events = run.events()
     if events and not resume and run.state().name != "running":
         raise RunError(
@@ -280,6 +293,8 @@ def run_training(trainer: RunTrainer, run: Run | None = None, resume: bool = Fal
         )
     if not trainer.is_world_process_zero():
         return _train(trainer, run, resume)
+    if resume:
+        run.begin_resume()
     with run.hold(**_facts(trainer)) as held:
         try:
             result = _train(trainer, run, resume)
@@ -300,7 +315,6 @@ def _train(trainer: RunTrainer, run: Run, resume: bool) -> TrainResult:
         if trainer.is_world_process_zero():
             run.drop_checkpoints_after(step)
             run.truncate_events(step if checkpoint is not None else -1)
-            run.clear_stop()
     # A fresh start draws the same random numbers whatever was computed since the trainer was made.
     set_seed(trainer.args.seed)
     begin = time.monotonic()
@@ -359,17 +373,6 @@ def _is_transformers_model(model: nn.Module) -> bool:
         return True
     peft = sys.modules.get("peft")  # a PEFT model cannot exist before PEFT was imported
     return peft is not None and isinstance(model, peft.PeftModel)
-
-
-def _describe(inputs: Mapping[str, Any], shown: int = 8) -> str:
-    """A batch in a few words: its question ids, or the shapes of its tensors."""
-    ids: Iterable[Any] | None = inputs.get("ids")
-    if ids:
-        names = [str(identifier) for identifier in ids]
-        more = f" and {len(names) - shown} more" if len(names) > shown else ""
-        return f"the questions {', '.join(names[:shown])}{more}"
-    shapes = [f"{name} {list(value.shape)}" for name, value in inputs.items() if isinstance(value, Tensor)]
-    return ", ".join(shapes) or f"the fields {', '.join(inputs)}"
 
 
 def _may_draw_bars() -> bool:

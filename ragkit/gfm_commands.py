@@ -10,7 +10,7 @@ from ragkit.config import GFMEvaluateConfig, GFMFinetuneConfig, GFMPretrainConfi
 from ragkit.console import Out, step_lines, stop_on_interrupt
 from ragkit.files import atomic_write_json
 from ragkit.inputs import CommandError
-from ragkit.resuming import settings_of_run
+from ragkit.resuming import begin_with, settings_of_run
 from ragkit.runs import Run
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def evaluate_gfm_command(config: GFMEvaluateConfig, out: Out) -> int:
 
 def _begin(config: Any, command: str, out: Out) -> tuple[Any, Run | None]:
     """Settings (those of the run that is resumed), processes and threads."""
-    resumed = Run.open(config.resume) if config.resume is not None else None
+    resumed = begin_with(config.resume) if config.resume is not None else None
     if resumed is not None:
         config = settings_of_run(resumed, config, command)
     processes.join(config.device)

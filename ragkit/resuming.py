@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from ragkit.inputs import CommandError
+from ragkit.processes import is_first
 from ragkit.run_opening import flat
+from ragkit.run_state import JOB
 from ragkit.runs import Run, RunError
 from ragkit.settings import Config, ConfigError, load_config
+
+
+def begin_with(path: str) -> Run:
+    """Opens the run that a command goes on with, before the command loads anything: from now on it can be stopped.
+
+    Raises:
+        RunError: There is no such run, or it is being trained.
+    """
+    run = Run.open(path)
+    if is_first():
+        # A job has forgotten the old request itself; what is there now was asked while this process was starting.
+        run.begin_resume(forget=JOB not in os.environ)
+    return run
 
 
 def settings_of_run(run: Run, given: Config, command: str) -> Any:

@@ -135,12 +135,16 @@ class RunCallback(TrainerCallback):
 
     def _stop_is_requested(self, args: TrainingArguments) -> bool:
         """The same answer on every process: one that stops alone would leave the others waiting for ever."""
-        requested = self.run.stop_requested
-        if args.world_size > 1 and torch.distributed.is_initialized():
-            flag = torch.tensor([float(requested)], device=args.device)
-            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-            requested = bool(flag.item() > 0)
-        return requested
+        return on_any_process(self.run.stop_requested, args)
+
+
+def on_any_process(flag: bool, args: TrainingArguments) -> bool:
+    """Whether it is so on one of the processes: the same answer on all, which have to ask together."""
+    if args.world_size == 1 or not torch.distributed.is_initialized():
+        return flag
+    found = torch.tensor([float(flag)], device=args.device)
+    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
+    return bool(found.item() > 0)
 
 
 def _peak_memory() -> str:

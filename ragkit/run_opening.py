@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from ragkit.processes import shared_run
+from ragkit.processes import is_first, shared_run, world_size
 from ragkit.runs import Run, RunError
 from ragkit.settings import Config, ConfigError, load_config
 
@@ -30,10 +30,12 @@ def open_run(config: Any, run: Run | None, resume: bool, again: bool) -> Run:
         again: Whether a run that has events already is left as it is, and a new one is made.
 
     Raises:
-        RunError: `resume` without a run or a name, a run of another kind of training, or a new run's name is taken.
+        RunError: `resume` without a run or a name, with one of another kind of training or one that is being trained;
+            or a new run's name is taken.
 
     Warns:
-        OtherSettingsWarning: The run was started with other settings: its curve will be of both.
+        OtherSettingsWarning: The run was started with other settings, or in another number of processes: its curve
+            will be of both.
     """
     if not resume:
         if run is None or (again and run.events()):
@@ -43,11 +45,16 @@ def open_run(config: Any, run: Run | None, resume: bool, again: bool) -> Run:
         if config.name is None:
             raise RunError("which run is to be resumed? give the trainer run=Run.open(...), or set name")
         run = Run.open(Path(config.output_dir) / config.name)
+    if is_first():  # the others might see its hold
+        run.begin_resume()
     changed = other_settings(run, config)
     if changed:
         shown = "; ".join(f"{key}: {old!r}, now {new!r}" for key, (old, new) in list(changed.items())[:3])
         more = f"; and {len(changed) - 3} more" if len(changed) > 3 else ""
         message = f"{run.dir} was started with other settings and goes on with these: {shown}{more}"
+        warnings.warn(message, OtherSettingsWarning, stacklevel=4)
+    message = other_processes(run, config)
+    if message:
         warnings.warn(message, OtherSettingsWarning, stacklevel=4)
     return run
 
@@ -60,13 +67,45 @@ def other_settings(run: Run, config: Config) -> dict[str, tuple[Any, Any]]:
     Raises:
         RunError: The run's settings are those of another kind of training.
     """
-    try:
-        started = load_config(type(config), run.config_path)
-    except ConfigError as error:
-        raise RunError(f"{run.dir} cannot be gone on with as a run of {type(config).__name__}: {error}") from error
-    then, now = flat(started.model_dump()), flat(config.model_dump())
+    then, now = flat(_started_with(run, config).model_dump()), flat(config.model_dump())
     aside = ASIDE | (LENGTH if now.get("train.schedule") == "constant" else set())
     return {key: (then.get(key), now[key]) for key in now if key not in aside and then.get(key) != now[key]}
+
+
+def other_processes(run: Run, config: Any) -> str:
+    """What it changes that a run is gone on with in another number of processes; empty if nothing.
+
+    Raises:
+        RunError: The run's settings are those of another kind of training.
+    """
+    then, now = run.state().facts.get("processes"), world_size()
+    if then is None or then == now:
+        return ""
+    rows_then, rows_now = then * _rows_of_a_process(_started_with(run, config)), now * _rows_of_a_process(config)
+    if rows_then == rows_now:
+        return ""
+    how = f"torchrun --nproc_per_node={then}" if then > 1 else "one process, without torchrun"
+    return (
+        f"{run.dir} was trained in {_processes(then)} and goes on in {_processes(now)}: a step has {rows_now} rows "
+        f"from here on, not {rows_then}, so the number of steps is another, and rows are trained on twice or left "
+        f"out. To go on as it began: {how}"
+    )
+
+
+def _processes(count: int) -> str:
+    return f"{count} process{'es' if count > 1 else ''}"
+
+
+def _rows_of_a_process(config: Any) -> int:
+    """The rows of one step."""
+    return int(config.train.batch_size * config.train.gradient_accumulation_steps)
+
+
+def _started_with(run: Run, config: Config) -> Any:
+    try:
+        return load_config(type(config), run.config_path)
+    except ConfigError as error:
+        raise RunError(f"{run.dir} cannot be gone on with as a run of {type(config).__name__}: {error}") from error
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

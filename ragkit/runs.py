@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import yaml
 
 from ragkit.files import atomic_write_json, atomic_write_text, exclusive
-from ragkit.run_state import BusyError, Hold, RunState, hold, state_of
+from ragkit.run_state import BusyError, Hold, RunState, check_free, hold, state_of
 
 CHECKPOINT_MARKER = "ragkit_complete.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -53,6 +53,7 @@ class Run:
         self.metrics_path = self.dir / "metrics.json"
         self.checkpoints_dir = self.dir / "checkpoints"
         self._stop_path = self.dir / "stop"
+        self._resumes = False
 
     def __repr__(self) -> str:
         return f"Run({str(self.dir)!r})"
@@ -126,7 +127,7 @@ class Run:
                 size = os.fstat(handle).st_size
                 if size and _byte_at(handle, size - 1) != b"\n":
                     # The writer before us was killed in the middle of a line: that half is not an event.
-                    os.ftruncate(handle, _end_of_last_line(self.events_path))
+                    os.ftruncate(handle, self.events_path.read_bytes().rfind(b"\n") + 1)
                 os.write(handle, line)  # one write: a reader never sees two halves of two writers mixed
         finally:
             os.close(handle)
@@ -210,14 +211,38 @@ class Run:
             with hold(self.dir, facts) as held:
                 yield held
         except BusyError as error:
-            raise RunError(
-                f'the run "{self.dir}" is being trained: {error}. Watch it with RunPanel.attach("{self.dir}"), or end '
-                f'it with Run.open("{self.dir}").request_stop() and try again'
-            ) from None
+            raise RunError(self._busy(error)) from None
         except FileNotFoundError as error:
             if self.dir.is_dir():
                 raise
             raise RunError(f'the run folder "{self.dir}" is gone: it was deleted or moved ({error})') from error
+
+    def _busy(self, error: BusyError) -> str:
+        return (
+            f'the run "{self.dir}" is being trained: {error}. Watch it with RunPanel.attach("{self.dir}"), or end it '
+            f'with Run.open("{self.dir}").request_stop() and try again'
+        )
+
+    def begin_resume(self, forget: bool = True) -> None:
+        """Begins to go on with the run; to be called by one process, before anything is loaded or prepared for it.
+
+        A request to stop that is there already is an old one, and is forgotten (not with `forget=False`). From now on
+        requests hold: further calls forget nothing until `end_resume`.
+
+        Raises:
+            RunError: A training works on this run.
+        """
+        try:
+            check_free(self.dir)
+        except BusyError as error:
+            raise RunError(self._busy(error)) from None
+        if forget and not self._resumes:
+            self.clear_stop()
+        self._resumes = True
+
+    def end_resume(self) -> None:
+        """The training that went on with the run has ended: requests from now on are old ones for the next."""
+        self._resumes = False
 
     # ---- stop ----
 
@@ -371,7 +396,3 @@ def _plain(value: Any) -> Any:
 def _byte_at(handle: int, position: int) -> bytes:
     os.lseek(handle, position, os.SEEK_SET)
     return os.read(handle, 1)
-
-
-def _end_of_last_line(path: Path) -> int:
-    return path.read_bytes().rfind(b"\n") + 1

@@ -73,6 +73,7 @@ ROOMS = [
         "ragkit.best",
         "ragkit.train_result",
         "ragkit.run_callback",
+        "ragkit.not_finite",
         "ragkit.engine",
     ],
     ["ragkit.prompts", "ragkit.metrics", "ragkit.intervals", "ragkit.evaluation", "ragkit.plots"],

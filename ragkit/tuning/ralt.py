@@ -203,11 +203,12 @@ class RALTTrainer(SystemTrainer):
             NonFiniteLossError: The loss became NaN or infinite.
         """
         config, generator = self.config, self.system.generator
+        resumed = self.open_run(resume) if resume else None  # first: from here on it can be stopped
         rows = self.rows()
         eval_rows = self._eval_rows()
         self._check_model([*rows, *(eval_rows or [])])
         model = self._prepared_model()
-        run = self.open_run(resume)
+        run = resumed or self.open_run(resume)  # a new folder only once all that was asked for can be done
         check_rows(run, rows, resume, [config.passage_weights, config.weights_gamma])
         collator = Collator(generator.pad_id, self._packed_length(rows) if config.packing else None)
         weighted = config.passage_weights != "none"

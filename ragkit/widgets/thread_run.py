@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import time
 import warnings
 import weakref
 from collections import deque
@@ -22,6 +23,8 @@ from ragkit.runs import Run, RunError
 
 Scores = EvaluationResult | Mapping[str, EvaluationResult]
 _LIBRARIES = ("transformers", "sentence_transformers", "datasets", "peft", "huggingface_hub", "accelerate")
+PREPARING = "preparing the rows that are trained on"
+KEEPING = "keeping the weights, and encoding the passages anew if their encoder was trained"
 _here: weakref.WeakValueDictionary[str, ThreadRun] = weakref.WeakValueDictionary()  # by run folder
 
 
@@ -36,7 +39,6 @@ class ThreadRun:
         run: The run folder; None before the first start, where the trainer has none yet.
         result: What the training gave; None until it has ended.
         error: The error that ended it, or None.
-        phase: What is done just now.
     """
 
     def __init__(self, trainer: Any, score: Callable[[], Scores] | None = None) -> None:
@@ -44,7 +46,9 @@ class ThreadRun:
         self.run: Run | None = None
         self.result: Any = None
         self.error: BaseException | None = None
-        self.phase = ""
+        self._phase = ""
+        self._began = self._ended = 0.0  # the thread, in seconds of time.time()
+        self._trained = False  # the training itself is done, the thread goes on
         self.events = EventReader(Path("events.jsonl"))
         self._lines: deque[str] = deque(maxlen=500)
         self._thread: threading.Thread | None = None
@@ -88,13 +92,15 @@ class ThreadRun:
         if self.run is None or not self.run.config_path.is_file():
             where = f' "{self.run.dir}"' if self.run is not None else ""
             raise RunError(f"there is no run folder{where} to go on with; start a new run")
-        self.run.clear_stop()  # an old request; one that is made from now on is obeyed
+        (self.trainer.run or self.run).begin_resume()  # old requests are forgotten, from now on they are obeyed
         self._go(resume=True)
 
     def stop(self) -> None:
         """Asks the training to save a checkpoint and end; to be called again while it goes on."""
-        if self.run is not None and self.run.config_path.is_file() and not self.run.stop_requested:
-            self.run.request_stop()  # again: a resumed training forgets requests that were there before it
+        if self.run is None or not self.run.config_path.is_file() or self.run.stop_requested:
+            return
+        if self.status().name != "ending":  # there, a request would be left over for nobody
+            self.run.request_stop()
 
     def _must_be_idle(self) -> None:
         if self.alive:
@@ -115,6 +121,7 @@ class ThreadRun:
 
     def _go(self, resume: bool) -> None:
         self.result, self.error = None, None
+        self._began, self._trained = time.time(), False
         self._thread = threading.Thread(target=self._work, args=(resume,), name="ragkit training", daemon=True)
         self._thread.start()
 
@@ -126,7 +133,7 @@ class ThreadRun:
                 self._score("before", run)
                 if run.stop_requested and not resume:
                     return  # asked while it scored: nothing is trained
-                self.phase = "preparing the rows that are trained on"
+                self._phase = PREPARING
                 self.result = self.trainer.train(resume=resume)
                 if not self.result.stopped:
                     self._score("after", run)
@@ -138,7 +145,8 @@ class ThreadRun:
                         with run.hold() as held:  # for those who look from outside
                             held.end("failed", one_line(error))
             finally:
-                self.phase = ""
+                self._phase, self._ended = "", time.time()
+                (self.trainer.run or run).end_resume()
 
     def _score(self, when: str, run: Run) -> None:
         """Scores and keeps it in the run's `evaluation.json`; what was scored before the first start stays."""
@@ -150,8 +158,8 @@ class ThreadRun:
             kept = json.loads(path.read_text(encoding="utf-8"))
         if when == "before" and kept:
             return
-        self.phase = f"scoring {when} the training"
-        self._lines.append(self.phase)
+        self._phase = f"scoring {when} the training"
+        self._lines.append(self._phase)
         found = self.score()
         if isinstance(found, Mapping):
             for name, result in found.items():
@@ -162,6 +170,11 @@ class ThreadRun:
 
     # ---- how it stands ----
 
+    @property
+    def phase(self) -> str:
+        """What is done just now."""
+        return KEEPING if self._trained and self._phase == PREPARING else self._phase
+
     def status(self) -> RunState:
         """How the run stands, as `Run.state`, and also "starting" (nothing is trained yet) and "ending" (scoring)."""
         if self.run is None:
@@ -170,9 +183,14 @@ class ThreadRun:
         state = state_of(self.run.dir, self.events)
         if state.name == "missing":
             return state
+        began = float(state.facts.get("began") or 0.0)
         if alive:
-            name = state.name if state.name == "running" else "ending" if self.result is not None else "starting"
+            self._trained = state.name in ("finished", "stopped", "failed") and began >= self._began
+            ending = self._trained or self.result is not None
+            name = state.name if state.name == "running" else "ending" if ending else "starting"
             return RunState(name, state.step, state.total, None, state.facts)
+        if self.error is not None and began > self._ended:
+            self.error = None  # somebody else has gone on with the run since
         if self.error is not None:
             return RunState("failed", state.step, state.total, self._sentence(), state.facts)
         if state.name == "new" and self._thread is not None:
