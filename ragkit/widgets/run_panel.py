@@ -53,7 +53,7 @@ class RunPanel(StaticBox):
         self._source = Source(source, processes, score)
         self._lock = threading.RLock()
         self._watcher: threading.Thread | None = None
-        self._stop_asked = False
+        self._stop_asked = self._closed = False
         self._status = RunState("new")
         self._state, self._message = "ready", ""
         self._estimating = Estimating(self._show_estimate)
@@ -164,12 +164,13 @@ class RunPanel(StaticBox):
         Raises:
             RunError: There is nothing to draw yet.
         """
-        if self._source.work is not None:
-            self._source.work.events.read()
-        events = self._source.work.events.events if self._source.work is not None else []
+        with self._lock:  # the watcher reads too
+            if self._source.work is not None:
+                self._source.work.events.read()
+            events = list(self._source.work.events.events) if self._source.work is not None else []
         if not has_loss(events):
             raise RunError("there is nothing to draw yet: the training has made no step")
-        return plots.loss_curves({self.run_dir.name if self.run_dir else "run": list(events)})
+        return plots.loss_curves({self.run_dir.name if self.run_dir else "run": events})
 
     def start(self) -> None:
         """Starts the training in a new run folder.
@@ -214,6 +215,11 @@ class RunPanel(StaticBox):
             self._source.work.stop()
             self._refresh()
             self._watch()
+
+    def close(self) -> None:
+        """Takes the panel from the screen, and no longer watches the run; the run goes on."""
+        self._closed = True
+        super().close()
 
     def estimate(self) -> None:
         """Says in the background what the run will take, from a few real steps."""
@@ -281,6 +287,8 @@ class RunPanel(StaticBox):
 
     def _must_be_on(self, name: str) -> None:
         reason = self._reasons()[name]
+        if self._state in BUSY:
+            self._watch()  # it may have been begun elsewhere since
         if reason:
             raise RunError(reason)
 
@@ -288,10 +296,13 @@ class RunPanel(StaticBox):
         """Why each button is off; empty for one that is on."""
         state, source = self._state, self._source
         goes_on = state in BUSY or (state == "missing" and source.work.alive)
+        no_stop = why_no_stop(state, goes_on)
+        if source.in_thread and self._status.name == "ending" and not no_stop:
+            no_stop = "the training itself is done, and what comes after it cannot be interrupted"
         no_resume = why_no_resume(state, goes_on, self._why_not)
         return {
             "start": source.why_no_start(state, goes_on, no_resume),
-            "stop": why_no_stop(state, goes_on),
+            "stop": no_stop,
             "resume": no_resume,
             "estimate": source.why_no_estimate(goes_on, self._estimating.busy),
         }
@@ -305,6 +316,7 @@ class RunPanel(StaticBox):
         self._watch()
 
     def _watch(self) -> None:
+        self._closed = False
         if self._watcher is None or not self._watcher.is_alive():
             self._watcher = threading.Thread(target=self._look, name="ragkit run panel", daemon=True)
             self._watcher.start()
@@ -313,11 +325,15 @@ class RunPanel(StaticBox):
         while True:
             try:
                 with self._lock:
+                    if self._closed:
+                        self._watcher = None
+                        return
                     self._refresh()
                     if self._stop_asked and self._state in ("stopping", "missing"):
                         self._source.work.stop()
                     if self._state not in BUSY and not self._source.work.alive:
                         self._refresh(last=True)
+                        self._stop_asked = False  # whoever goes on with it begins anew
                         self._watcher = None  # within the lock: a start that comes now makes a new one
                         return
             except Exception as error:  # a panel that cannot read a file says so, and looks again

@@ -310,6 +310,83 @@ def test_a_run_whose_kernel_is_gone_says_how_to_go_on(make, tmp_path, kill_when)
     assert losses(Run.open(folder)) == losses(Run.open(make("whole", refresh_steps=3).train().run_dir))
 
 
+@pytest.fixture
+def elsewhere(tmp_path):
+    """A run that nobody here trains; `with elsewhere.hold() as held` does it somewhere else."""
+    run = Run.create(lsr_job.settings(tmp_path), tmp_path, "run")
+    run.log({"step": 1, "total": 9, "loss": 1.0})
+    return run
+
+
+def test_a_panel_follows_and_stops_a_run_that_was_resumed_elsewhere_after_it_stopped_it(elsewhere):
+    with elsewhere.hold() as held:
+        panel = RunPanel.attach(elsewhere.dir)
+        panel.stop()
+        assert panel.state == "stopping" and elsewhere.stop_requested
+        elsewhere.clear_stop()
+        held.end("stopped")
+    assert panel.wait(30) == "stopped" and panel._watcher is None
+    elsewhere.clear_stop()  # the panel may have asked once more
+    with elsewhere.hold() as held:
+        panel.resume_button.click()
+        assert panel.state == "running" and "goes on already" in panel.message
+        assert not panel.stop_button.disabled and panel._watcher.is_alive()
+        panel.stop_button.click()
+        assert panel.state == "stopping" and elsewhere.stop_requested
+        held.end("stopped")
+    assert panel.wait(30) == "stopped"
+
+
+def test_a_closed_panel_no_longer_watches(elsewhere):
+    with elsewhere.hold() as held:
+        panel, other = RunPanel.attach(elsewhere.dir), RunPanel.attach(elsewhere.dir)
+        watcher = panel._watcher
+        panel.close()
+        watcher.join(30)
+        assert not watcher.is_alive() and panel.comm is None
+        assert other._watcher.is_alive() and other.state == "running"
+        held.end("finished")
+    assert other.wait(30) == "finished"
+
+
+def test_what_a_trainer_does_after_its_training_is_no_start(make):
+    trainer, done, let = make(), threading.Event(), threading.Event()
+    train = trainer.train
+
+    def train_and_encode(resume=False):
+        found = train(resume)
+        done.set()
+        assert let.wait(60)
+        return found
+
+    trainer.train = train_and_encode
+    panel = RunPanel(trainer)
+    panel.start()
+    assert done.wait(60)
+    until(lambda: panel._status.name == "ending")
+    panel._refresh()
+    assert panel.state == "running" and is_off(panel.stop_button)
+    assert panel.message.startswith("The training itself is done. Keeping the weights, and encoding the passages anew")
+    panel.stop_button.click()
+    assert "the training itself is done" in panel.message
+    panel._source.work.stop()
+    assert not Run(panel.run_dir).stop_requested
+    let.set()
+    assert panel.wait(60) == "finished" and panel.result.steps == STEPS
+
+
+def test_an_error_is_forgotten_once_the_run_was_gone_on_with_elsewhere(make):
+    trainer = make()
+    trainer._rows_of = lambda *args: 1 / 0
+    panel = RunPanel(trainer)
+    panel.start()
+    assert panel.wait(60) == "failed" and panel._source.work.error is not None
+    with Run(panel.run_dir).hold() as held:
+        held.end("finished")
+    panel._refresh()
+    assert panel.state == "finished" and panel._source.work.error is None
+
+
 # ---- what is wrong with files ----
 
 
