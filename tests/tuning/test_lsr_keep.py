@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -23,7 +24,7 @@ from ragkit.tuning.qa_data import QAExample
 from ragkit.tuning.selection import Selection, hold_out_examples
 
 QUICK = {"eval_steps": 2, "learning_rate": 0.01}  # the best of the right teacher's steps is in the middle
-JOB = Path(job.__file__)
+HELPERS = {"PYTHONPATH": os.pathsep.join([str(Path(job.__file__).parent), os.environ.get("PYTHONPATH", "")])}
 pytestmark = [
     pytest.mark.filterwarnings("ignore::ragkit.tuning.lsr_table.TeacherWarning"),
     pytest.mark.usefixtures("quick_collections"),
@@ -214,7 +215,7 @@ def test_killed_and_resumed_keeps_the_same(unbroken, tmp_path, kill_when, where)
     config = settings(tmp_path, "killed", train=QUICK)
     run = Run.create(config, tmp_path, name="killed")
     name, reached = unbroken.teacher.__name__, tmp_path / "reached"
-    kill_when([__file__, run.dir, name, where], reached.exists, {"REACHED": str(reached)}, seconds=120)
+    kill_when([__file__, run.dir, name, where], reached.exists, {"REACHED": str(reached), **HELPERS}, seconds=120)
     trainer = trainer_of(config, unbroken.teacher, run=Run.open(run.dir))
     trainer.train(resume=True)
     assert curve(run) == curve(unbroken.run) and best_of(run) == best_of(unbroken.run)
@@ -243,9 +244,9 @@ def test_two_processes_end_with_the_same_weights(tmp_path):
     config = settings(tmp_path, "both", train=QUICK)
     run = Run.create(config, tmp_path, name="both")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
-    done = subprocess.run(
-        [*command, __file__, str(run.dir), "right", "torchrun"], capture_output=True, text=True, timeout=200
-    )
+    command += [__file__, str(run.dir), "right", "torchrun"]
+    environment = {**os.environ, **HELPERS}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("kept the encoder of step") == 1
     first, second = (load_file(run.dir / f"rank{rank}.safetensors") for rank in (0, 1))
