@@ -247,7 +247,7 @@ class Job:
         if not there and self._seen:
             return state
         if alive:
-            name = {"running": "running"}.get(state.name, "starting")
+            name = "running" if state.name == "running" else "starting"
             if state.name in ("finished", "stopped", "failed") and _is_of(state, record):
                 name = "ending"
             return _as(state, name)

@@ -7,10 +7,10 @@ from typing import Any
 
 from ragkit.inputs import CommandError
 from ragkit.processes import is_first
-from ragkit.run_opening import flat
+from ragkit.run_opening import started_with
 from ragkit.run_state import JOB
-from ragkit.runs import Run, RunError
-from ragkit.settings import Config, ConfigError, load_config
+from ragkit.runs import Run
+from ragkit.settings import Config, flat
 
 
 def begin_with(path: str) -> Run:
@@ -38,10 +38,7 @@ def settings_of_run(run: Run, given: Config, command: str) -> Any:
         RunError: The run is one of another command.
         CommandError: `given` asks for something else; a resumed run must go on as it began.
     """
-    try:
-        config = load_config(type(given), run.config_path)
-    except ConfigError as error:
-        raise RunError(f"{run.dir} is not a run of the command {command}: {error}") from error
+    config = started_with(run, type(given), f"is not a run of the command {command}")
     mine, theirs = flat(given.explicit()), flat(config.model_dump())
     # A group that was not given counts its own defaults as explicit.
     groups = {name for name in type(given).model_fields if isinstance(getattr(given, name), Config)}

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ragkit.processes import is_first, shared_run, world_size
+from ragkit.run_state import read_record
 from ragkit.runs import Run, RunError
-from ragkit.settings import Config, ConfigError, load_config
+from ragkit.settings import Config, ConfigError, flat, load_config
+
+C = TypeVar("C", bound=Config)
 
 # What does not change what is trained.
 ASIDE = {"name", "output_dir", "resume", "train.num_threads", "train.report_to"}
@@ -47,41 +50,51 @@ def open_run(config: Any, run: Run | None, resume: bool, again: bool) -> Run:
         run = Run.open(Path(config.output_dir) / config.name)
     if is_first():  # the others might see its hold
         run.begin_resume()
-    changed = other_settings(run, config)
-    if changed:
-        shown = "; ".join(f"{key}: {old!r}, now {new!r}" for key, (old, new) in list(changed.items())[:3])
-        more = f"; and {len(changed) - 3} more" if len(changed) > 3 else ""
-        message = f"{run.dir} was started with other settings and goes on with these: {shown}{more}"
-        warnings.warn(message, OtherSettingsWarning, stacklevel=4)
-    message = other_processes(run, config)
-    if message:
-        warnings.warn(message, OtherSettingsWarning, stacklevel=4)
+    started = started_with(run, type(config), f"cannot be gone on with as a run of {type(config).__name__}")
+    for message in (other_settings(run, started, config), other_processes(run, started, config)):
+        if message:
+            warnings.warn(message, OtherSettingsWarning, stacklevel=4)
     return run
 
 
-def other_settings(run: Run, config: Config) -> dict[str, tuple[Any, Any]]:
-    """What a training's settings change in those that its run was started with: key -> (then, now).
+def started_with(run: Run, cls: type[C], otherwise: str) -> C:
+    """The settings that a run was started with.
+
+    Args:
+        run: The run.
+        cls: Their class.
+        otherwise: What is said of a run whose settings are those of another class.
+
+    Raises:
+        RunError: They are.
+    """
+    try:
+        return load_config(cls, run.config_path)
+    except ConfigError as error:
+        raise RunError(f"{run.dir} {otherwise}: {error}") from error
+
+
+def other_settings(run: Run, started: Config, config: Config) -> str:
+    """What a training's settings change in those that its run was started with, in words; empty if nothing.
 
     Left out: folders, logging, checkpoints and, where the learning rate does not depend on it, the length.
-
-    Raises:
-        RunError: The run's settings are those of another kind of training.
     """
-    then, now = flat(_started_with(run, config).model_dump()), flat(config.model_dump())
+    then, now = flat(started.model_dump()), flat(config.model_dump())
     aside = ASIDE | (LENGTH if now.get("train.schedule") == "constant" else set())
-    return {key: (then.get(key), now[key]) for key in now if key not in aside and then.get(key) != now[key]}
+    changed = [key for key in now if key not in aside and then.get(key) != now[key]]
+    if not changed:
+        return ""
+    shown = "; ".join(f"{key}: {then.get(key)!r}, now {now[key]!r}" for key in changed[:3])
+    more = f"; and {len(changed) - 3} more" if len(changed) > 3 else ""
+    return f"{run.dir} was started with other settings and goes on with these: {shown}{more}"
 
 
-def other_processes(run: Run, config: Any) -> str:
-    """What it changes that a run is gone on with in another number of processes; empty if nothing.
-
-    Raises:
-        RunError: The run's settings are those of another kind of training.
-    """
-    then, now = run.state().facts.get("processes"), world_size()
+def other_processes(run: Run, started: Any, config: Any) -> str:
+    """What it changes that a run is gone on with in another number of processes; empty if nothing."""
+    then, now = read_record(run.dir).get("processes"), world_size()
     if then is None or then == now:
         return ""
-    rows_then, rows_now = then * _rows_of_a_process(_started_with(run, config)), now * _rows_of_a_process(config)
+    rows_then, rows_now = then * _rows_of_a_process(started), now * _rows_of_a_process(config)
     if rows_then == rows_now:
         return ""
     how = f"torchrun --nproc_per_node={then}" if then > 1 else "one process, without torchrun"
@@ -97,22 +110,5 @@ def _processes(count: int) -> str:
 
 
 def _rows_of_a_process(config: Any) -> int:
-    """The rows of one step."""
+    """The rows that each process has in one step."""
     return int(config.train.batch_size * config.train.gradient_accumulation_steps)
-
-
-def _started_with(run: Run, config: Config) -> Any:
-    try:
-        return load_config(type(config), run.config_path)
-    except ConfigError as error:
-        raise RunError(f"{run.dir} cannot be gone on with as a run of {type(config).__name__}: {error}") from error
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted key."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, list):
-            value = [item.model_dump() if isinstance(item, Config) else item for item in value]
-        found.update(flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value})
-    return found

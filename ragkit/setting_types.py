@@ -15,15 +15,15 @@ NOT_COUNTED = {"factor", "factor times rank", "gradient norm", "probability", "s
 NOT_COUNTED |= {"similarity", "unit of the score", "weight change per step"}
 
 
-def expectation(field: FieldInfo) -> str:
+def expectation(field: FieldInfo, with_unit: bool = True) -> str:
     """What a field takes, in words: "a whole number, 1 or more, in questions"."""
     form = _extra(field, "form")
     parts = [form] if form else [_type_words(field.annotation), *_limit_words(field.metadata)]
-    unit = unit_of(field)
-    return ", ".join([*parts, unit_words(unit)] if unit else parts)
+    unit = unit_of(field) if with_unit else None
+    return ", ".join([*parts, _unit_words(unit)] if unit else parts)
 
 
-def unit_words(unit: str) -> str:
+def _unit_words(unit: str) -> str:
     """The unit as a part of `expectation`."""
     if unit == "share":
         return "as a share (0.1 is a tenth)"
@@ -61,13 +61,14 @@ def _extra(field: FieldInfo, name: str) -> str | None:
 
 def parse_value(annotation: Any, raw: str) -> Any:
     """Reads the text after `=`: YAML, but text stays text where the setting is a text ("Answer: briefly")."""
+    kinds = _kinds(annotation)
     try:
         value = yaml.safe_load(raw)
     except yaml.YAMLError:
-        if not {str, list} & _kinds(annotation) or (str not in _kinds(annotation) and raw.lstrip().startswith("[")):
-            raise  # also a list whose bracket is not closed: it is not a list of one text
+        # A list whose bracket is not closed is not a list of one text.
+        if str not in kinds and (list not in kinds or raw.lstrip().startswith("[")):
+            raise
         value = raw
-    kinds = _kinds(annotation)
     if str in kinds and value is not None and not isinstance(value, str):
         return raw
     if list in kinds and value is not None and not isinstance(value, list):

@@ -280,6 +280,16 @@ def read_yaml(source: str | Path) -> dict[str, Any]:
     return values
 
 
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted key."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, list):
+            value = [item.model_dump() if isinstance(item, Config) else item for item in value]
+        found.update(flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value})
+    return found
+
+
 def _parse_override(cls: type[Config], override: str) -> dict[str, Any]:
     """Turns `a.b=4` into {"a": {"b": 4}}."""
     key, sign, raw = override.removeprefix("--").partition("=")

@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 from ragkit.dev.execute import NOTEBOOKS, ROOT, repository
 from ragkit.optional import require
-from ragkit.setting_types import expectation, unit_of, unit_words
+from ragkit.setting_types import expectation, unit_of
 from ragkit.settings import Config, walk
 
 # Chapter -> modules whose public names (`__all__`) have a page each; or (module, names).
@@ -160,9 +160,7 @@ def _settings_table(cls: type[Config]) -> list[str]:
     for key, field, inner in walk(cls):
         if inner is None:
             unit = unit_of(field)
-            takes = expectation(field)
-            if unit:
-                takes = takes.removesuffix(f", {unit_words(unit)}") + f" ({unit})"
+            takes = expectation(field, with_unit=False) + (f" ({unit})" if unit else "")
             rows.append((f"``{key}``", _plain(takes), _plain(field.description or "")))
     for row in rows:
         lines += [f"   {'*' if i == 0 else ' '} - {cell}" for i, cell in enumerate(row)]

@@ -7,6 +7,7 @@ says what to install.
 from __future__ import annotations
 
 import html
+from abc import ABCMeta, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +23,11 @@ ERROR = "var(--jp-error-color1, #b3261e)"
 CODE = "var(--jp-code-font-family, monospace)"
 
 
-class StaticBox(widgets.VBox):
+class _Meta(ABCMeta, type(widgets.VBox)):  # type: ignore[misc]
+    """Of widgets with abstract methods."""
+
+
+class StaticBox(widgets.VBox, metaclass=_Meta):
     """A column of widgets that also shows itself where there are no widgets.
 
     What a cell shows holds the widget and, for GitHub, nbviewer, the docs and a notebook that has not run yet, the
@@ -31,13 +36,13 @@ class StaticBox(widgets.VBox):
 
     _ipython_display_ = None  # ipywidgets 7 shows itself through this, and would leave the static form out
 
+    @abstractmethod
     def static_html(self) -> str:
         """The widget without widgets, as HTML that needs no style sheet."""
-        raise NotImplementedError
 
+    @abstractmethod
     def static_text(self) -> str:
         """The widget without widgets, as plain text."""
-        raise NotImplementedError
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None, **options: Any) -> dict[str, Any]:
         bundle: dict[str, Any] = {"text/plain": self.static_text(), "text/html": self.static_html()}

@@ -6,7 +6,6 @@ else a line of text that pydantic reads, so that 2e-5 stays 2e-5 and a wrong val
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -146,7 +145,7 @@ def takes_words(info: FieldInfo) -> str:
     kinds = [option for option in options_of(info.annotation) if option is not NoneType]
     if get_origin(kinds[0]) is Literal or kinds == [bool] or item_class(info):
         return ""
-    return re.sub(r", of the form \S+", "", expectation(info)).removeprefix("a text, ").replace("a text or null", NULL)
+    return expectation(info).removeprefix("a text, ").replace("a text or null", NULL)
 
 
 class Choice(Field):

@@ -35,9 +35,7 @@ from ragkit.widgets.form_words import FIRST, changes_html, problem_words
 
 DEFAULTS, GIVEN = "defaults", "as given"
 HERE = "This is a form in a Jupyter front end. The next cell says the same in code."
-
-
-PROMPTS = {"prompt", "rag.prompt"}
+PROMPTS = ("prompt", "rag.prompt")  # settings that name a template or hold one
 
 
 class ConfigForm(StaticBox):
@@ -292,11 +290,13 @@ class ConfigForm(StaticBox):
     def _prompt_problems(self) -> list[Problem]:
         """Prompt templates that do not exist: the settings classes, a room below, do not know which there are."""
         problems = []
-        for key in PROMPTS & self._fields.keys():
-            try:
-                _ = get_template(self._fields[key].read())
-            except PromptError as error:
-                problems.append(Problem(key, self._fields[key].read(), f"a prompt template: {error}"))
+        for key in PROMPTS:
+            if key in self._fields:
+                template = self._fields[key].read()
+                try:
+                    _ = get_template(template)
+                except PromptError as error:
+                    problems.append(Problem(key, template, f"a prompt template: {error}"))
         return problems
 
     def _show(self) -> None:
