@@ -131,10 +131,18 @@ def minilm():
 
 
 @pytest.fixture
+def hold(tmp_path_factory):
+    """Holds a training of another process at a step, or before it makes its run folder."""
+    from holding import Hold
+
+    return Hold(tmp_path_factory.mktemp("hold"))
+
+
+@pytest.fixture
 def kill_when():
     """kill_when(arguments, reached, environment, seconds): runs a Python job, and kills it as soon as `reached()`."""
 
-    def kill(arguments, reached, environment=None, seconds=180):
+    def kill(arguments, reached, environment=None, seconds=300):
         process = subprocess.Popen(
             [sys.executable, *map(str, arguments)],
             env={**os.environ, **(environment or {})},

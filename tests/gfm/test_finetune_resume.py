@@ -6,7 +6,6 @@ import gc
 import itertools
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -165,13 +164,12 @@ def test_a_run_is_resumed_by_name_or_as_it_is_given(settings):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
-def test_killed_at_any_step_and_resumed_equals_unbroken(whole, settings, kill_when):
+def test_killed_before_a_checkpoint_and_resumed_equals_unbroken(whole, settings, kill_when, hold):
     unbroken, expected = whole
     run = Run.create(settings(), settings().output_dir, "broken")
-    step = random.Random(os.getpid()).randint(2, STEPS - 2)
-    kill_when([JOB, run.dir], lambda: any(event["step"] >= step for event in run.events()))
-    reached = run.events()[-1]["step"]
-    assert step <= reached < STEPS, step
+    hold.at(18)  # its event is written, its checkpoint is not
+    kill_when([JOB, run.dir], hold.arrived, hold.environment)
+    assert run.events()[-1]["step"] == 18 and run.last_checkpoint().name == "checkpoint-15"
 
     trainer = job.make(settings())
     result = trainer.train(resume=True)

@@ -108,11 +108,4 @@ if __name__ == "__main__":
     kind, folder = sys.argv[1], sys.argv[2]
     if os.environ.get("HANG_IN"):
         hang_in(os.environ["HANG_IN"])
-    from transformers import TrainerCallback
-
-    class Slow(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            time.sleep(0.1)  # leaves time to be killed between two steps
-
-    run = Run.open(folder)
-    run_training(KINDS[kind](run, SETTINGS, callbacks=[Slow()]))
+    run_training(KINDS[kind](Run.open(folder), SETTINGS))

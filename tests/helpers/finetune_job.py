@@ -92,19 +92,6 @@ def make(settings, run=None, **options):
     return GFMFinetuneTrainer(settings, encoder=WordEncoder(), run=run, **options)
 
 
-def slow_down(trainer):
-    """Leaves time to be killed between two steps."""
-    import time
-
-    make_batch = trainer.make_batch
-
-    def slow(key):
-        time.sleep(0.05)
-        return make_batch(key)
-
-    trainer.make_batch = slow
-
-
 def wait_after_evaluation(number):
     """Makes evaluation `number` the last thing this process does: its best model is written, its checkpoint is not."""
     import time
@@ -168,7 +155,6 @@ if __name__ == "__main__":
             print(json.dumps(train_without_room(settings, run, batch, largest)), flush=True)
         sys.exit()
     trainer = make(settings, run)
-    slow_down(trainer)
     if os.environ.get("WAIT_AFTER_EVALUATION"):
         wait_after_evaluation(int(os.environ["WAIT_AFTER_EVALUATION"]))
     trainer.train(resume=bool(run.events()))

@@ -177,23 +177,7 @@ def wait():
 
 
 if __name__ == "__main__":
-    from transformers import TrainerCallback
-
-    import ragkit.tuning.lsr as lsr
-
     if os.environ.get("HANG_WHILE"):
         hang_while(os.environ["HANG_WHILE"])
-    else:
-
-        class Slow(TrainerCallback):
-            def on_step_end(self, args, state, control, **kwargs):
-                time.sleep(0.1)  # leaves time to be killed between two steps
-
-        run_trainer = lsr.RunTrainer
-
-        def slowed(*args, callbacks=(), **kwargs):
-            return run_trainer(*args, callbacks=[*callbacks, Slow()], **kwargs)
-
-        lsr.RunTrainer = slowed
     folder, part = sys.argv[1:]
     make_trainer(settings(Path(folder).parent, Path(folder).name, train_part=part), Run.open(folder)).train()

@@ -291,10 +291,11 @@ def test_a_second_panel_watches_stops_and_cannot_start_a_second_training(make, t
     assert panel.result.stopped
 
 
-def test_a_run_whose_kernel_is_gone_says_how_to_go_on(make, tmp_path, kill_when):
+def test_a_run_whose_kernel_is_gone_says_how_to_go_on(make, tmp_path, kill_when, hold):
     folder = tmp_path / "run"
     Run.create(lsr_job.settings(tmp_path), tmp_path, "run")
-    kill_when([lsr_job.__file__, folder, "query"], lambda: len(Run(folder).events()) > 4)
+    hold.at(5)
+    kill_when([lsr_job.__file__, folder, "query"], hold.arrived, hold.environment)
     panel = RunPanel.attach(folder)
     assert panel.state == "interrupted" and is_off(panel.resume_button)
     assert "its process is gone" in panel.message and "Make the trainer again with run=Run.open" in panel.message
