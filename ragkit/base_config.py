@@ -136,8 +136,12 @@ class DataConfig(Config):
     )
     train: str | None = setting(None, "Training questions: a file, or the name of a split; null: the corpus's own.")
     test: str | None = setting(None, "Test questions: a file, or the name of a split; null: the corpus's own.")
-    max_train: int | None = setting(None, "Uses only the first so many training questions.", unit="questions", ge=1)
-    max_test: int | None = setting(None, "Uses only the first so many test questions.", unit="questions", ge=1)
+    max_train: int | None = setting(
+        None, "Uses a sample of so many training questions, the same in every run.", unit="questions", ge=1
+    )
+    max_test: int | None = setting(
+        None, "Uses a sample of so many test questions, the same in every run.", unit="questions", ge=1
+    )
     columns: dict[str, str] = setting(
         {}, "Own column names, for example {question: q, answer: a, supporting: gold_ids}."
     )

@@ -45,13 +45,16 @@ class GFMDatasets(Config):
     valid_split: str = setting("test", "File of the questions of valid_names.", min_length=1)
     test_split: str = setting("test", "File of the questions of test_names.", min_length=1)
     max_train: int | None = setting(
-        None, "Uses only the first so many training questions of a data set.", unit="questions", ge=1
+        None,
+        "Uses a sample of so many training questions of a data set, the same in every run.",
+        unit="questions",
+        ge=1,
     )
     sub_questions: bool = setting(
         True, "Trains on rows marked sub_question too (MuSiQue's single-hop parts); they are never scored."
     )
     max_test: int | None = setting(
-        None, "Uses only the first so many questions of a test set.", unit="questions", ge=1
+        None, "Uses a sample of so many questions of a test set, the same in every run.", unit="questions", ge=1
     )
     cache: bool = setting(True, "Keeps graphs, layouts and embeddings on disk, under keys made of their content.")
     v1_names: bool = setting(False, "Brings names to GFM-RAG v1's normal form first.")

@@ -30,7 +30,8 @@ def load_questions(data: DataConfig, split: str, out: Out = print, required: boo
         required: Whether it is an error if the settings name none and the corpus has none.
 
     Returns:
-        The questions, at most `data.max_train` or `data.max_test`; None if there are none and none are required.
+        The questions; of more than `data.max_train` or `data.max_test` a sample, the same in every run. None if
+        there are none and none are required.
 
     Raises:
         CommandError: There is no such corpus, or there are no questions, but the command needs some.
@@ -61,7 +62,7 @@ def load_questions(data: DataConfig, split: str, out: Out = print, required: boo
         out(f"left out of the test: {len(questions) - len(kept)} rows marked sub_question (whole questions only)")
     if not kept:
         raise CommandError(f"{questions.source}: all {len(questions)} questions are marked sub_question")
-    return QAData(kept[:most], questions.source, questions.skipped)
+    return QAData(kept, questions.source, questions.skipped).sample(most)
 
 
 def _has_split(folder: str | None, split: str) -> bool:

@@ -52,7 +52,15 @@ def test_public_names_resolve():
 # Lower rooms first. A module may import from its own room and from rooms before it.
 ROOMS = [
     ["ragkit_kernels"],
-    ["ragkit.lazy", "ragkit.optional", "ragkit.files", "ragkit.json_lines", "ragkit.units", "ragkit.small_world"],
+    [
+        "ragkit.lazy",
+        "ragkit.optional",
+        "ragkit.files",
+        "ragkit.json_lines",
+        "ragkit.sampling",
+        "ragkit.units",
+        "ragkit.small_world",
+    ],
     [
         "ragkit.setting_types",
         "ragkit.settings",

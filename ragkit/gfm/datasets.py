@@ -15,6 +15,7 @@ from ragkit.gfm_config import GFMDatasets
 from ragkit.graph import KnowledgeGraph
 from ragkit.holding_out import hold_out
 from ragkit.notes import note
+from ragkit.sampling import draw
 
 SMALL_WORLD = "small_world"
 
@@ -143,7 +144,7 @@ def load_finetune_data(datasets: GFMDatasets, encoder: Any, seed: int, tests: bo
             places = [i for i in range(len(loaded)) if not (whole and loaded.is_part[i])]
             if not places:
                 raise DatasetError(f"{short}: all {len(loaded)} questions of {split} are marked sub_question")
-            used = loaded.subset(places[:most])
+            used = loaded.subset([places[i] for i in draw(len(places), most)])
             if datasets.link != "given":
                 if folder not in linkers:
                     linkers[folder] = make_linker(datasets.link, graph, encoder, datasets.top_facts, datasets.cache)

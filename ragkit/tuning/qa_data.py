@@ -13,6 +13,7 @@ from typing import Any, overload
 from ragkit import small_world
 from ragkit.json_lines import Places, parse_json_lines
 from ragkit.notes import note
+from ragkit.sampling import draw
 
 # Our field names, with the names other kits and data sets give the same column; the first one present is taken.
 ALIASES: dict[str, tuple[str, ...]] = {
@@ -82,6 +83,19 @@ class QAData(Sequence[QAExample]):
 
     def __iter__(self) -> Iterator[QAExample]:
         return iter(self._examples)
+
+    def sample(self, size: int | None, seed: int = 0) -> QAData:
+        """Examples drawn at random, in their order; a smaller sample of the same seed is part of a larger one.
+
+        Args:
+            size: How many; None, or more than there are: all.
+            seed: Seed of the draw.
+
+        Raises:
+            ValueError: `size` is below 0.
+        """
+        chosen = [self._examples[place] for place in draw(len(self), size, seed)]
+        return QAData(chosen, self.source, self.skipped)
 
     def __repr__(self) -> str:
         counts = [f"{len(self)} questions from {self.source}"]

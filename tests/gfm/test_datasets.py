@@ -25,6 +25,7 @@ from ragkit.gfm.datasets import (
 from ragkit.gfm.ragged import Ragged
 from ragkit.gfm_config import GFMDatasets
 from ragkit.graph import GraphError
+from ragkit.sampling import draw
 
 
 @pytest.fixture
@@ -150,10 +151,13 @@ def load_ids(root, name, split):
     return [row["id"] for row in json.loads((Path(root) / name / "processed/stage1" / f"{split}.json").read_text())]
 
 
-def test_limits_take_the_first_questions(root):
-    data = load(root, max_train=5, max_test=2, valid_share=0)
-    assert data.train["left"].questions.ids == load_ids(root, "left", "train")[:5]
-    assert data.test["left"].questions.ids == load_ids(root, "left", "test")[:2]
+def test_limits_take_a_sample_that_is_the_same_whatever_the_seed(root):
+    ids = {split: load_ids(root, "left", split) for split in ("train", "test")}
+    for seed in (0, 1):
+        data = load(root, seed=seed, max_train=5, max_test=2, valid_share=0)
+        train, test = data.train["left"].questions.ids, data.test["left"].questions.ids
+        assert train == [ids["train"][place] for place in draw(len(ids["train"]), 5)] != ids["train"][:5]
+        assert test == [ids["test"][place] for place in draw(len(ids["test"]), 2)]
 
 
 def test_when_nothing_can_be_held_out_it_says_so(root, capsys):
