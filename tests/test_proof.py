@@ -16,6 +16,8 @@ from ragkit.runs import Run
 from ragkit.threads import pick_threads
 
 SEEDS = (0, 1, pytest.param(2, marks=pytest.mark.long))
+# RALT takes a minute a seed, and the notebooks 00 and 04 show seed 0 in every run.
+RALT_SEEDS = (pytest.param(0, marks=pytest.mark.long), 1, pytest.param(2, marks=pytest.mark.long))
 pytestmark = pytest.mark.slow
 
 
@@ -68,7 +70,7 @@ def test_lsr_raises_recall_on_held_out_questions(world, scored, tmp_path, seed):
     assert change.difference["mrr"].low > 0, str(change)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", RALT_SEEDS)
 def test_ralt_raises_exact_match_on_held_out_questions(world, tmp_path, seed):
     train, test, _, before = world
     config = QuickstartConfig(seed=seed)
