@@ -7,6 +7,8 @@ from pathlib import Path
 
 from watching import until
 
+from ragkit.files import atomic_write_text
+
 FOLDER = Path(__file__).parent / "held"
 
 
@@ -25,7 +27,7 @@ class Hold:
     def at(self, place):
         """From now on: at "create", before the run folder is made, or at a step, whose event is written then."""
         self._arrived.unlink(missing_ok=True)
-        self._file.write_text(str(place))
+        atomic_write_text(self._file, str(place))
 
     def arrived(self):
         return self._arrived.exists()

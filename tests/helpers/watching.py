@@ -7,7 +7,7 @@ import time
 from ragkit.runs import Run
 
 
-def until(condition, seconds=120, what="such thing"):
+def until(condition, seconds=300, what="such thing"):
     """Waits until the condition gives something true, and returns it."""
     end = time.monotonic() + seconds
     while not (found := condition()):

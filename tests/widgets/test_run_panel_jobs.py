@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from watching import losses, until
@@ -46,6 +45,14 @@ def own(tmp_path, monkeypatch, tiny_lm, tokenizer):
 
 
 @pytest.fixture
+def held(hold, monkeypatch):
+    """held.at(place): the next job waits there until `held.let_go()`."""
+    for name, value in hold.environment.items():
+        monkeypatch.setenv(name, value)
+    return hold
+
+
+@pytest.fixture
 def panels():
     """Panels of a test, whose processes end with it."""
     made = []
@@ -53,7 +60,7 @@ def panels():
     for panel in made:
         if panel._source.work is not None and panel._source.work.alive:
             panel._source.work.kill()
-        panel.wait(20)
+        panel.wait(120)
 
 
 def test_a_name_that_is_taken_and_a_folder_that_is_a_file(tmp_path, monkeypatch):
@@ -89,23 +96,25 @@ def test_a_panel_on_a_run_that_failed_says_how_to_go_on(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_start_watch_stop_resume_and_the_table(own, panels, tmp_path):
+def test_start_watch_stop_resume_and_the_table(own, panels, held, tmp_path):
     panel = RunPanel(own(steps=400))
     panels.append(panel)
+    held.at(3)
     panel.start_button.click()
     assert panel.state == "starting" and panel.stop_button.disabled is False
     panel.start_button.click()
     assert "goes on already" in panel.message
-    until(lambda: panel.state == "running" and panel._status.step > 2)
+    held.wait()
+    until(lambda: panel.state == "running" and panel._status.step == 3)
     other = RunPanel.latest("runs", "ralt")  # the notebook was closed and opened again
     assert other.state == "running" and other.run_dir == panel.run_dir
     other.stop_button.click()
-    assert other.wait(60) == "stopped" and panel.wait(60) == "stopped"
-    step = panel._status.step
-    assert f"checkpoint-{step} is in {panel.run_dir.relative_to(tmp_path)}/checkpoints" in panel.message
+    held.let_go()
+    assert other.wait(300) == "stopped" and panel.wait(300) == "stopped"
+    assert f"checkpoint-4 is in {panel.run_dir.relative_to(tmp_path)}/checkpoints" in panel.message
     assert f"python -m ragkit ralt resume={panel.run_dir.relative_to(tmp_path)}" in panel.display.where.value
     panel.resume_button.click()
-    assert panel.wait(180) == "finished", panel.message
+    assert panel.wait(300) == "finished", panel.message
     assert "CPU, 1 thread" in panel.display.machine.value and "use it: python -m ragkit" in panel.display.where.value
     assert "Before and after the training" in panel.display.tables.value and panel.table.labels == ["before", "after"]
     assert "<svg" in panel.display.picture.value and panel.plot().alt.startswith("Loss from")
@@ -116,39 +125,46 @@ def test_start_watch_stop_resume_and_the_table(own, panels, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_kernel_restarted_while_the_job_runs(own, panels, tmp_path):
+def test_a_kernel_restarted_while_the_job_runs(own, panels, held, tmp_path):
+    held.at("create")
     (tmp_path / "one.yaml").write_text(own(name="one").to_yaml())
     code = (
         "from ragkit.config import RALTConfig, load_config; from ragkit.widgets import RunPanel;"
         "panel = RunPanel(load_config(RALTConfig, 'one.yaml')); panel.start(); print(panel.state)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.stdout.strip() == "starting", done.stderr
     panel = RunPanel.attach("runs/one")
     panels.append(panel)
     assert panel.state == "starting"
-    until(lambda: panel.state == "running" and panel._status.step > 2)
+    held.wait()
+    held.at(11)  # the checkpoint of step 10 is there
+    held.wait()
+    until(lambda: panel.state == "running")
     os.kill(panel._source.work.record()["child"], signal.SIGKILL)
-    assert panel.wait(30) == "interrupted"
+    assert panel.wait(300) == "interrupted"
     assert "SIGKILL" in panel.message and "Press Resume to go on." in panel.message
     with pytest.raises(RunError, match="SIGKILL"):
         panel.run()
+    held.at(12)
     panel.resume_button.click()
-    until(lambda: panel.state == "running" and panel._status.step > 2)
+    held.wait()
+    until(lambda: panel.state == "running")
     panel.stop()
-    assert panel.wait(60) == "stopped"
+    held.let_go()
+    assert panel.wait(300) == "stopped"
 
 
 @pytest.mark.slow
-def test_stop_before_the_first_step(own, panels):
+def test_stop_before_the_first_step(own, panels, held):
     panel = RunPanel(own())
     panels.append(panel)
+    held.at("create")
     panel.start()
-    until(lambda: panel._source.work.record().get("child"))
-    time.sleep(0.5)
+    held.wait()
     panel.stop_button.click()
     assert panel.state == "stopping" and "no step was made yet" in panel.message
-    assert panel.wait(60) == "stopped"
+    assert panel.wait(300) == "stopped"
     assert panel.message.startswith("Stopped before the first step; nothing was trained.")
     assert panel.resume_button.disabled and not panel.start_button.disabled
     assert panel.run() is None
@@ -191,8 +207,8 @@ def test_two_processes(own, panels):
     panel = RunPanel(own(), processes=2)
     panels.append(panel)
     panel.start()
-    until(lambda: panel.state == "running" and panel._status.step > 2, 240)
+    until(lambda: panel.state == "running" and panel._status.step > 2)
     until(lambda: "2 processes" in panel.display.machine.value and "memory" in panel.display.machine.value)
     panel.stop()
-    assert panel.wait(120) == "stopped", panel.message
+    assert panel.wait(300) == "stopped", panel.message
     assert not panel.resume_button.disabled
