@@ -66,7 +66,7 @@ def test_a_few_tokens_still_use_the_whole_gpu():
 
 @pytest.fixture(scope="module")
 def found():
-    return interpreted(logprob_cases.__file__)
+    return interpreted(logprob_cases.__file__, list(logprob_cases.all_checks()))
 
 
 @pytest.mark.slow

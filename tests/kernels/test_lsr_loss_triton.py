@@ -15,7 +15,7 @@ from triton_tools import COLUMNS, compile_shipped, faults, interpreted, table  #
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, dict]:
-    return interpreted(lsr_loss_cases.__file__)
+    return interpreted(lsr_loss_cases.__file__, list(lsr_loss_cases.all_checks()))
 
 
 @pytest.mark.slow
@@ -28,9 +28,10 @@ def test_in_the_interpreter(found, name):
 
 
 @pytest.mark.slow
-def test_every_shipped_configuration(capsys):
+@pytest.mark.parametrize("everything", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_every_shipped_configuration(everything, capsys):
     """No spilled register, no float64, no atomics; and what a launcher may choose is on the list."""
-    compiled = compile_shipped(shipped_launches)
+    compiled = compile_shipped(shipped_launches, everything=everything)
     with capsys.disabled():
         print("\n" + table(compiled))
     assert not faults(compiled), "\n".join(faults(compiled))

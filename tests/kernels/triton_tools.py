@@ -189,20 +189,23 @@ def table(compiled: Sequence[Compiled], columns: Sequence[tuple[int, str]] = COL
     return "\n".join(lines)
 
 
-def interpreted(cases_file: str | Path, parts: int = 2, timeout: float = 1200) -> dict[str, dict[str, Any]]:
+def interpreted(
+    cases_file: str | Path, names: Sequence[str], parts: int = 2, timeout: float = 1200
+) -> dict[str, dict[str, Any]]:
     """Runs a cases file (see case_tools.py) in Triton's interpreter: {check: {"seconds", "results"}}.
 
     In processes of their own, since the interpreter must be chosen before the kernels are imported.
 
     Args:
-        cases_file: Prints a JSON line per check and takes `part parts` as its arguments.
+        cases_file: Prints a JSON line per check and takes the names of checks as its arguments.
+        names: The checks to run.
         parts: Processes that share the checks.
         timeout: Seconds until a process counts as hanging.
     """
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(cases_file)]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    jobs = [subprocess.Popen([*command, str(n), str(parts)], env=environment, **pipes) for n in range(parts)]
+    jobs = [subprocess.Popen([*command, *names[n::parts]], env=environment, **pipes) for n in range(parts)]
     found = {}
     try:
         for process in jobs:
