@@ -139,6 +139,14 @@ def hold(tmp_path_factory):
 
 
 @pytest.fixture
+def held(hold, monkeypatch):
+    """`hold` for all processes that the test starts; held.at(place): they wait there until `held.let_go()`."""
+    for name, value in hold.environment.items():
+        monkeypatch.setenv(name, value)
+    return hold
+
+
+@pytest.fixture
 def kill_when():
     """kill_when(arguments, reached, environment, seconds): runs a Python job, and kills it as soon as `reached()`."""
 

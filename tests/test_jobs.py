@@ -51,14 +51,6 @@ def own(tmp_path, monkeypatch, tiny_lm, tokenizer):
 
 
 @pytest.fixture
-def held(hold, monkeypatch):
-    """held.at(place): the next job waits there until `held.let_go()`."""
-    for name, value in hold.environment.items():
-        monkeypatch.setenv(name, value)
-    return hold
-
-
-@pytest.fixture
 def jobs():
     """Jobs of a test, none of which outlives it."""
     made = []

@@ -45,14 +45,6 @@ def own(tmp_path, monkeypatch, tiny_lm, tokenizer):
 
 
 @pytest.fixture
-def held(hold, monkeypatch):
-    """held.at(place): the next job waits there until `held.let_go()`."""
-    for name, value in hold.environment.items():
-        monkeypatch.setenv(name, value)
-    return hold
-
-
-@pytest.fixture
 def panels():
     """Panels of a test, whose processes end with it."""
     made = []
