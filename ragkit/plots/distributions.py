@@ -9,10 +9,21 @@ from typing import Any
 import numpy as np
 
 from ragkit.plots.plot import Plot
-from ragkit.plots.style import bar_look, cut, drawing, figures, new_figure, shorten
+from ragkit.plots.style import (
+    bar_look,
+    counted,
+    cut,
+    drawing,
+    figures,
+    legend_columns,
+    new_figure,
+    one_line,
+    shorten,
+)
 
 DIRECTIONS = ("KL(P_R||Q_LM)", "KL(Q_LM||P_R)")
 QUESTIONS = 4  # shown if there are more
+PASSAGES = 24  # of a question; of more, those that have most of either distribution
 ID_WIDTH = 26
 
 
@@ -43,20 +54,24 @@ def distributions(
     given = {str(k): _lines(v) for k, v in lines.items()} if isinstance(lines, Mapping) else {"": _lines(lines)}
     questions = _questions(given, config)
     shown = questions[: max(1, n)]
+    places = [_largest(question) for question in shown]
     direction = str(getattr(config, "direction", DIRECTIONS[0]))
     columns = 1 if len(shown) == 1 else 2
     rows = math.ceil(len(shown) / columns)
-    most = max(len(q["ids"]) for q in shown)
+    most = max(map(len, places))
     bars = 1 + len(shown[0]["retriever"])
     with drawing():
         figure = new_figure(0.75 + rows * (0.7 + most * (0.09 + 0.105 * bars)))
         panels = figure.subplots(rows, columns, squeeze=False).ravel()
-        for axes, question in zip(panels, shown, strict=False):
-            _draw_question(axes, question, direction, supporting or {}, 96 if columns == 1 else 44)
+        titles = [_title(question, direction, len(kept)) for question, kept in zip(shown, places, strict=True)]
+        for axes, question, kept, title in zip(panels, shown, places, titles, strict=False):
+            _draw_question(axes, question, kept, supporting or {})
+            axes.set_title("\n".join("?" for _ in title))  # as high; a long one would make the panels narrow
         for axes in panels[len(shown) :]:
             axes.set_visible(False)
         handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
+        figure.legend(handles, labels, loc="outside upper center", ncols=legend_columns(labels, len(labels)))
+        _fit_titles(figure, panels[: len(shown)], titles, columns)
     return Plot(figure, _words(shown, len(questions), direction), "P_R against Q_LM")
 
 
@@ -116,7 +131,9 @@ def _teacher(row: Any, config: Any) -> np.ndarray:
 
 
 def divergence(p: np.ndarray, q: np.ndarray) -> float:
-    """KL(p||q) = sum p log(p / q) in nats; infinite where q is 0 and p is not."""
+    """KL(p||q) = sum p log(p / q) in nats; infinite where q is 0 and p is not; NaN where a probability is."""
+    if np.isnan(p).any() or np.isnan(q).any():
+        return math.nan
     with np.errstate(divide="ignore", invalid="ignore"):
         terms = np.where(p > 0, p * (np.log(p) - np.log(q)), 0.0)
     return max(0.0, float(terms.sum()))
@@ -127,12 +144,18 @@ def _kl(question: Mapping[str, Any], label: str, direction: str) -> float:
     return divergence(p, q) if direction == DIRECTIONS[0] else divergence(q, p)
 
 
+def _largest(question: Mapping[str, Any]) -> np.ndarray:
+    """Places of the passages that are drawn, as they come."""
+    both = np.max([*question["retriever"].values(), question["teacher"]], axis=0)  # [K]
+    return np.sort(np.argsort(-both, kind="stable")[:PASSAGES])
+
+
 def _draw_question(
-    axes: Any, question: Mapping[str, Any], direction: str, supporting: Mapping[str, Collection[str]], width: int
+    axes: Any, question: Mapping[str, Any], kept: np.ndarray, supporting: Mapping[str, Collection[str]]
 ) -> None:
-    series = [(_p_name(label), values) for label, values in question["retriever"].items()]
-    series.append(("Q_LM, teacher", question["teacher"]))
-    places = np.arange(len(question["ids"]))
+    series = [(_p_name(label), values[kept]) for label, values in question["retriever"].items()]
+    series.append(("Q_LM, teacher", question["teacher"][kept]))
+    places = np.arange(len(kept))
     height = 0.84 / len(series)
     for number, (name, values) in enumerate(series):
         at = places + (number - (len(series) - 1) / 2) * height
@@ -140,21 +163,45 @@ def _draw_question(
         look = 3 if number == len(series) - 1 else 2 if number == len(series) - 2 else 0
         axes.barh(at, values, height * 0.94, **bar_look(look) | _hatched(look), label=name)
     gold = {str(i) for i in supporting.get(question["id"], ())}
-    names = [f"{shorten(i, ID_WIDTH)}{' (gold)' if i in gold else ''}" for i in question["ids"]]
+    ids = [question["ids"][place] for place in kept]
+    names = [f"{shorten(i, ID_WIDTH)}{' (gold)' if i in gold else ''}" for i in ids]
     axes.set_yticks(places, names)
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
     axes.set_xlabel("probability")
     axes.grid(axis="x")
+
+
+def _title(question: Mapping[str, Any], direction: str, kept: int) -> tuple[str, ...]:
+    """Question, with its answer behind the last arrow, and divergences."""
     answer = f" → {cut(question['answer'], 16)}" if question["answer"] else ""
-    title = cut(question["question"], width - len(answer)) + answer
+    first, total = one_line(question["question"]) + answer, len(question["ids"])
     divergences = [
         f"{label + ' ' if label else ''}{_nats(_kl(question, label, direction))}" for label in question["retriever"]
     ]
-    if divergences:
-        name = direction.replace("||", " ‖ ")
-        title += f"\n{name}: {', '.join(divergences)} nats"
-    axes.set_title(title)
+    second = [f"{direction.replace('||', ' ‖ ')}: {', '.join(divergences)} nats"] if divergences else []
+    second += [f"the largest {kept} of {total:,} passages"] if kept < total else []
+    return (first, "; ".join(second)) if second else (first,)
+
+
+def _fit_titles(figure: Any, panels: Sequence[Any], titles: Sequence[tuple[str, ...]], columns: int) -> None:
+    """Titles begin where the passages' names do, and end before the next panel or the picture does."""
+    for _ in range(2):  # as `Plot` does; titles need places that stay
+        figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    boxes = [axes.yaxis.get_tightbbox() for axes in panels]
+    gap = 0.2 * figure.dpi
+    for place, (axes, lines, box) in enumerate(zip(panels, titles, boxes, strict=True)):
+        last = place % columns == columns - 1 or place + 1 == len(panels)
+        right = (figure.bbox.x1 if last else boxes[place + 1].x0) - gap
+        inside = axes.get_window_extent()
+        text = axes.set_title("\n".join(lines), x=(box.x0 - inside.x0) / inside.width)
+        question, arrow, answer = lines[0].rpartition(" → ")
+        question, end = (question, arrow + answer) if arrow else (lines[0], "")
+        chars = len(question)
+        while chars > 8 and text.get_window_extent().x1 > right:
+            chars -= 1
+            text.set_text("\n".join([cut(question, chars) + end, *lines[1:]]))
 
 
 def _hatched(look: int) -> dict[str, str]:
@@ -162,7 +209,7 @@ def _hatched(look: int) -> dict[str, str]:
 
 
 def _p_name(label: str) -> str:
-    return f"P_R, {label}" if label else "P_R, retriever"
+    return f"P_R, {shorten(label, 32)}" if label else "P_R, retriever"
 
 
 def _nats(value: float) -> str:
@@ -176,11 +223,14 @@ def _words(shown: Sequence[Mapping[str, Any]], total: int, direction: str) -> st
         for label, values in question["retriever"].items():
             kl = _nats(_kl(question, label, direction))
             words.append(f"{_p_name(label)}, for {_favourite(question, values)}, {direction} {kl} nats")
-        parts.append(f"{cut(question['question'], 80)} ({len(question['ids'])} passages): {'; '.join(words)}.")
+        many = counted(len(question["ids"]), "passage", "passages")
+        parts.append(f"{cut(question['question'], 80)} ({many}): {'; '.join(words)}.")
     some = f" ({len(shown)} of {total:,} questions)" if total > len(shown) else ""
     return f"The retriever's and the teacher's distributions{some}. {' '.join(parts)}"
 
 
 def _favourite(question: Mapping[str, Any], values: np.ndarray) -> str:
+    if np.isnan(values).any():
+        return "none (not a number)"
     best = int(values.argmax())
     return f"{shorten(question['ids'][best], ID_WIDTH)} ({values[best]:.2f})"

@@ -11,9 +11,11 @@ from ragkit.plots.plot import Plot
 from ragkit.plots.style import (
     MARKERS,
     bar_look,
+    counted,
     drawing,
     empty,
     figures,
+    legend_name,
     line_look,
     listing,
     new_figure,
@@ -95,7 +97,7 @@ def _draw_degrees(axes: Any, degree: np.ndarray, label: str, number: int, small:
     else:
         x, y = _thin(*at_least(degree))
     isolated = int((degree == 0).sum())
-    name = f"{shorten(label, 32) + ': ' if label else ''}{len(degree):,} entities"
+    name = f"{legend_name(label, 32) + ': ' if label else ''}{len(degree):,} entities"
     name += f", {isolated:,} of them in no triple" if isolated else ""
     few = len(x) <= 40
     axes.plot(
@@ -205,7 +207,7 @@ def _draw_relations(axes: Any, names: list[str], uses: np.ndarray, rest: int, ot
 
 def _relation_words(names: list[str], uses: np.ndarray, shown: np.ndarray, rest: np.ndarray) -> str:
     total = int(uses.sum())
-    words = f"{len(names):,} relations in {total:,} triples."
+    words = f"{counted(len(names), 'relation', 'relations')} in {counted(total, 'triple', 'triples')}."
     if not total:
         return words
     first = [f"{shorten(names[int(i)], 40)} {figures(100 * uses[i] / total)} %" for i in shown[:3]]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from ragkit.plots.plot import Plot
-from ragkit.plots.style import bar_look, drawing, empty, figures, line_look, new_figure, shorten
+from ragkit.plots.style import bar_look, drawing, empty, figures, legend_name, line_look, new_figure, one_line
 
 BINS = 40  # at most
+LABEL = 100  # characters in a line below the axis
 UNEQUAL = 1.5  # ratio of the sizes from which on shares are drawn in place of counts
 
 
@@ -56,8 +58,11 @@ def histogram(
             handles = [_draw(axes, values, edges, share, number, label) for number, (label, values) in looks]
             axes.set_ylim(bottom=0)
             axes.grid(axis="y")
-        axes.set_xlabel(xlabel)
+        axes.set_xlabel(textwrap.fill(one_line(xlabel), LABEL))
         axes.set_ylabel(f"share of the {unit}" if share else f"number of {unit}")
+        if not share and sizes:
+            axes.yaxis.get_major_locator().set_params(integer=True)
+            axes.yaxis.set_major_formatter(lambda value, _: figures(value, 6))
         if share:
             axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
         if sizes and any(kept):
@@ -104,7 +109,7 @@ def _draw(axes: Any, values: np.ndarray, edges: np.ndarray, share: bool, number:
     counts = np.histogram(values, edges)[0].astype(np.float64)
     if share and len(values):
         counts /= len(values)
-    name = f"{shorten(label, 32)} (n = {len(values):,})" if label else None
+    name = f"{legend_name(label, 32)} (n = {len(values):,})" if label else None
     if number == 0:
         look = bar_look(1) | {"linewidth": 0.6}
         return axes.bar(edges[:-1], counts, np.diff(edges), align="edge", **look, label=name, gid="series-0")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,15 @@ from ragkit.plots.curves import POINTS, SPAN, Curves, Series, envelope, is_noisy
 from ragkit.plots.plot import Plot
 from ragkit.plots.style import (
     DASHES,
+    HEIGHT,
     INK,
     LINES,
     MARKERS,
     RAW,
     drawing,
     figures,
+    legend_columns,
+    legend_name,
     line_look,
     listing,
     new_figure,
@@ -27,6 +31,7 @@ from ragkit.plots.style import (
 from ragkit.runs import Run
 
 FEW = 12  # points up to which each gets a marker
+MANY = 6  # runs; of more, the names stand below the picture, not on the curves
 METRICS = 3  # shown of one run, if none are asked for
 WIDE = 50.0  # ratio of the largest to the smallest loss from which on the scale is logarithmic
 # Of which metrics to show the first ones, if none are asked for.
@@ -63,7 +68,9 @@ def loss_curves(runs: Any, metric: str | Sequence[str] | None = None, ylabel: st
     curves = {str(label): read_curves(events_of(run, str(label))) for label, run in given.items()}
     chosen, left_out = _choose(curves, metric)
     with drawing():
-        figure = new_figure()
+        names = [shorten(label, 36) for label in curves]
+        below = math.ceil(len(names) / legend_columns(names, 3)) if len(names) > MANY else 0  # lines of the legend
+        figure = new_figure(HEIGHT + 0.19 * below)
         main, rate, panel = _axes(figure, any(c.learning_rate.steps.size for c in curves.values()), bool(chosen))
         _draw_losses(main, curves, ylabel)
         if rate is not None:
@@ -150,7 +157,7 @@ def _draw_losses(axes: Any, curves: Mapping[str, Curves], ylabel: str) -> None:
     single = len(curves) == 1
     drawn: list[np.ndarray] = []
     for number, (label, curve) in enumerate(curves.items()):
-        look, name = line_look(number), shorten(label, 36)
+        look, name = line_look(number), legend_name(label, 36)
         loss = curve.loss
         if loss.values.size:
             if is_noisy(loss.values):
@@ -202,7 +209,11 @@ def _draw_losses(axes: Any, curves: Mapping[str, Curves], ylabel: str) -> None:
     _whole_steps(axes)
     axes.grid(axis="y")
     if len(axes.get_legend_handles_labels()[0]) > 1 or not single:
-        axes.legend(loc="upper right", ncols=1 if len(curves) < 6 else 2)
+        if len(curves) > MANY:
+            handles, names = axes.get_legend_handles_labels()
+            axes.figure.legend(handles, names, loc="outside lower center", ncols=legend_columns(names, 3))
+        else:
+            axes.legend(loc="upper right", ncols=1 if len(curves) < 6 else 2)
     if single and next(iter(curves)) != "run":
         axes.set_title(shorten(next(iter(curves)), 60))
 
@@ -234,6 +245,12 @@ def _draw_rates(axes: Any, curves: Mapping[str, Curves]) -> None:
 
 def _draw_metrics(axes: Any, curves: Mapping[str, Curves], chosen: Sequence[str]) -> None:
     single = len(curves) == 1
+
+    def metric_label(name: str, label: str) -> str | None:
+        if single:
+            return legend_name(name, 40)
+        return None if len(curves) > MANY else legend_name(label, 24)  # of many, the legend below has the names
+
     for run, (label, curve) in enumerate(curves.items()):
         for place, name in enumerate(chosen):
             series = curve.metrics.get(name)
@@ -242,7 +259,7 @@ def _draw_metrics(axes: Any, curves: Mapping[str, Curves], chosen: Sequence[str]
             number = place if single else run
             axes.plot(
                 *thin(series), **line_look(number), marker=MARKERS[number % len(MARKERS)], markersize=4.5,
-                linewidth=1.4, label=name if single else shorten(label, 24), gid=f"metric-{run}-{name}",
+                linewidth=1.4, label=metric_label(name, label), gid=f"metric-{run}-{name}",
             )  # fmt: skip
             best = _best(series, name)
             axes.plot(

@@ -8,7 +8,24 @@ from typing import Any
 
 from ragkit.evaluation import EvaluationResult, Interval
 from ragkit.plots.plot import Plot
-from ragkit.plots.style import INK, MARKERS, bar_look, drawing, line_look, listing, new_figure, shorten
+from ragkit.plots.style import (
+    INK,
+    MARKERS,
+    bar_look,
+    counted,
+    drawing,
+    empty,
+    figures,
+    legend_columns,
+    legend_name,
+    line_look,
+    listing,
+    new_figure,
+    shorten,
+)
+
+ACROSS = 20  # bars that have room for their numbers side by side
+CHARS = 92  # of the metrics' names below them
 
 
 def before_after(
@@ -44,15 +61,49 @@ def before_after(
                 axes.bar(
                     at, value.mean, width * 0.92, yerr=[[value.mean - value.low], [value.high - value.mean]],
                     **bar_look(number), error_kw={"elinewidth": 1, "capsize": 2, "ecolor": INK},
-                    label=None if named else shorten(label, 40),
+                    label=None if named else legend_name(label, 40),
                 )  # fmt: skip
                 named = True
-                axes.text(at, value.high + 0.015, f"{value.mean:.2f}", ha="center", va="bottom", fontsize=8)
-        axes.set_xticks(range(len(metrics)), metrics)
-        axes.set_ylim(0, 1.12)
         axes.set_ylabel("mean on held-out questions")
-        figure.legend(loc="outside upper center", ncols=min(4, len(scores)))
+        if axes.patches:
+            _scale(axes, scores, metrics)
+            names = [shorten(label, 40) for label in scores]
+            figure.legend(loc="outside upper center", ncols=legend_columns(names, 4))
+        else:
+            empty(axes, "no system has a score")
+        _name_metrics(axes, metrics)
     return Plot(figure, _words(scores, metrics), "Scores before and after")
+
+
+def _scale(axes: Any, scores: Mapping[str, EvaluationResult], metrics: Sequence[str]) -> None:
+    """The y axis, and the numbers on the bars: most metrics are shares, others can be anything."""
+    drawn = [
+        (place + (number - (len(scores) - 1) / 2) * 0.8 / len(scores), value)
+        for number, result in enumerate(scores.values())
+        for place, metric in enumerate(metrics)
+        if (value := result.metrics.get(metric)) is not None and not math.isnan(value.mean)
+    ]
+    low, high = min(value.low for _, value in drawn), max(value.high for _, value in drawn)
+    shares = low >= 0 and high <= 1
+    low, high = (0.0, 1.0) if shares else (min(low, 0.0), max(high, 0.0))
+    span = high - low or 1.0
+    axes.set_ylim(low if low == 0 else low - 0.12 * span, high if high == 0 else high + 0.12 * span)
+    upright = {"rotation": 90} if len(scores) * len(metrics) > ACROSS else {}
+    for at, value in drawn:
+        text = f"{value.mean:.2f}" if shares else figures(value.mean, 3)
+        below = value.mean < 0
+        y = value.low - 0.015 * span if below else value.high + 0.015 * span
+        axes.text(at, y, text, ha="center", va="top" if below else "bottom", fontsize=8, **upright)
+    if low < 0:
+        axes.axhline(0, color=INK, linewidth=0.8)
+
+
+def _name_metrics(axes: Any, metrics: Sequence[str]) -> None:
+    axes.set_xlim(-0.5, len(metrics) - 0.5)
+    names = [shorten(metric, 40) for metric in metrics]
+    wide = max(map(len, names)) * len(names) > CHARS
+    slanted: dict[str, Any] = {"rotation": 25, "ha": "right", "rotation_mode": "anchor"} if wide else {}
+    axes.set_xticks(range(len(names)), names, **slanted)
 
 
 def _words(scores: Mapping[str, EvaluationResult], metrics: Sequence[str]) -> str:
@@ -92,7 +143,12 @@ def recall_curves(scores: Mapping[str, EvaluationResult], what: str = "recall") 
         panels = figure.subplots(1, len(families), squeeze=False, sharey=True)[0]
         for axes, (family, ks) in zip(panels, families.items(), strict=True):
             _draw_family(axes, scores, family, ks)
-        panels[0].legend(loc="lower right")
+        handles = [pair for axes in panels for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
+        named = {name: handle for handle, name in handles}  # a system may be in one of the panels only
+        if named:
+            panels[0].legend(list(named.values()), list(named), loc="best")
+        else:
+            empty(panels[0], "no question has such a score")
     return Plot(figure, _family_words(scores, families), f"{what}@k")
 
 
@@ -129,7 +185,7 @@ def _draw_family(axes: Any, scores: Mapping[str, EvaluationResult], family: str,
         errors = [[m - lo for m, lo in zip(mean, low, strict=True)], [h - m for m, h in zip(mean, high, strict=True)]]
         axes.errorbar(
             at, mean, yerr=errors, **look, linewidth=2, elinewidth=1, capsize=3, marker=MARKERS[number % len(MARKERS)],
-            markersize=5.5, label=shorten(label, 32),
+            markersize=5.5, label=legend_name(label, 32),
         )  # fmt: skip
     axes.set_xticks(range(len(ks)), [str(k) for k in ks])
     axes.set_xlabel("k, passages looked at" if not family.startswith("ent_") else "k, entities looked at")
@@ -149,5 +205,6 @@ def _family_words(scores: Mapping[str, EvaluationResult], families: Mapping[str,
             if values:
                 parts.append(f"{family}@{k}: {', '.join(values)}")
     counts = {len(result.ids) for result in scores.values()}
-    questions = f"{min(counts):,}" if len(counts) == 1 else f"{min(counts):,} to {max(counts):,}"
-    return f"Mean over {questions} questions with 95 % interval. {'; '.join(parts)}."
+    questions = counted(max(counts), "question", "questions")
+    questions = questions if len(counts) == 1 else f"{min(counts):,} to {questions}"
+    return f"Mean over {questions} with 95 % interval. {'; '.join(parts) or 'no score'}."

@@ -147,6 +147,22 @@ def one_line(text: str) -> str:
 _NO_TEXT = ("Cc", "Cs", "Zl", "Zp")
 
 
+def legend_name(name: str, width: int) -> str:
+    """A name for a legend; matplotlib leaves out empty ones and those that begin with "_"."""
+    name = shorten(name, width) or "(no name)"
+    return f"\u200b{name}" if name.startswith("_") else name  # a space without width
+
+
+def legend_columns(names: Sequence[str], most: int) -> int:
+    """How many names fit beside each other above or below a picture of the usual width."""
+    return max(1, min(most, len(names), 110 // (max(map(len, names)) + 8)))
+
+
+def counted(number: int, one: str, many: str) -> str:
+    """1 question, 2,000 questions."""
+    return f"{number:,} {one if number == 1 else many}"
+
+
 def cut(text: str, width: int) -> str:
     """One line of at most `width` characters; the end goes."""
     text = one_line(text)

@@ -94,3 +94,33 @@ def test_the_divergence_is_that_of_pytorch(pairs):
     p, q = np.array(pairs).T / np.array(pairs).sum(0)[:, None]
     wanted = float(torch.nn.functional.kl_div(torch.tensor(q).log(), torch.tensor(p), reduction="sum"))
     assert divergence(p, q) == pytest.approx(wanted, abs=1e-12) and divergence(p, p) == 0
+
+
+def test_a_probability_that_is_no_number_has_no_divergence():
+    plot = distributions(line(p=(np.nan, 0.5, 0.5)), CONFIG)
+    assert "for none (not a number), KL(P_R||Q_LM) not a number" in plot.alt
+    assert np.isnan(divergence(np.array([np.nan, 1.0]), np.array([0.5, 0.5])))
+
+
+def test_of_many_passages_those_with_most_probability_are_drawn():
+    p, q = np.full(100, 0.5 / 98), np.full(100, 0.4 / 98)
+    p[[7, 80]], q[[7, 99]] = 0.25, 0.3
+    many = LSRLine("q", "Which?", "x", tuple(f"p{i}: t" for i in range(100)), tuple(p), tuple(q), (0.0,) * 100)
+    plot = distributions(many, CONFIG)
+    axes = plot.figure.axes[0]
+    names = [text.get_text() for text in axes.get_yticklabels()]
+    assert len(names) == 24 and {"p7", "p80", "p99"} <= set(names) and plot.size[1] < 1000
+    assert bars(axes)["P_R, retriever"][names.index("p80")] == 0.25
+    assert "the largest 24 of 100 passages" in axes.get_title(loc="left") and "(100 passages)" in plot.alt
+
+
+def test_titles_stay_in_the_picture_and_keep_the_answer():
+    question = "Which of all the things that can be asked of anybody is this? " * 2
+    passages = ("a passage whose id is very long indeed 1: x",) * 3
+    p, q, scores = (0.7, 0.2, 0.1), (0.2, 0.5, 0.3), (0.0,) * 3
+    lines = [LSRLine(f"q{i}", question, "Lima", passages, p, q, scores) for i in range(2)]
+    figure = distributions({"before": lines, "after": lines}, CONFIG).figure
+    left, right = (axes._left_title.get_window_extent() for axes in figure.axes)
+    assert left.x0 >= 0 and left.x1 < right.x0 and right.x1 <= figure.bbox.x1
+    assert all("→ Lima\nKL" in axes.get_title(loc="left") for axes in figure.axes)
+    assert all(axes.get_window_extent().width > 0.2 * figure.bbox.width for axes in figure.axes)

@@ -67,7 +67,7 @@ def test_counts_of_at_least(degrees):
 def test_graphs_without_triples(n):
     graph = Graph(n, [], [])
     assert ("no entity" if n == 0 else "3 entities, median degree 0, 3 in no triple") in degree_distribution(graph).alt
-    assert relation_distribution(graph).alt == "1 relations in 0 triples."
+    assert relation_distribution(graph).alt == "1 relation in 0 triples."
     degree_distribution(graph).png(50)
     relation_distribution(graph).svg()
     with pytest.raises(ValueError, match="none to draw"):

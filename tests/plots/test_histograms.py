@@ -71,3 +71,12 @@ def test_bins_hold_everything(values):
     edges = bin_edges(np.array(values), None)
     assert (np.diff(edges) > 0).all() and len(edges) <= BINS + 2
     assert np.histogram(values, edges)[0].sum() == len(values)
+
+
+def test_counts_are_whole_numbers_and_a_long_label_is_wrapped():
+    figure = histogram({"_a": [1.0, 2.5], "b": [2.0, 3.0]}, xlabel="cosine of the passages " * 8).figure
+    axes = figure.axes[0]
+    assert all(tick == int(tick) for tick in axes.get_yticks())
+    box = axes.xaxis.label.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and "\n" in axes.get_xlabel()
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["\u200b_a (n = 2)", "b (n = 2)"]

@@ -201,3 +201,18 @@ def test_events_without_numbers_are_passed_over():
         [{"loss": 1.0}, {"loss": 2.0}, {"step": 3, "eval_note": "fine", "eval_ok": True, "loss": 1.5}]
     )
     assert curves.loss.steps.tolist() == [1, 2, 3] and not curves.metrics.get("note")
+
+
+def test_of_many_runs_the_names_stand_below_the_curves():
+    runs = {f"_run {i}": [{"step": s, "loss": i + 1 / s, "eval_mrr": 0.1 * s} for s in range(1, 5)] for i in range(9)}
+    figure = loss_curves(runs).figure
+    assert [text.get_text().strip("\u200b") for text in figure.legends[0].get_texts()] == list(runs)
+    main, panel = figure.axes
+    assert main.get_legend() is None and [t.get_text() for t in panel.get_legend().get_texts()] == ["best"]
+    assert figure.legends[0].get_window_extent().y1 < main.get_window_extent().y0
+
+
+def test_a_name_that_begins_with_an_underscore_is_in_the_legend():
+    runs = {name: [{"step": s, "loss": 1 / s} for s in range(1, 5)] for name in ("_a", "", "b")}
+    texts = loss_curves(runs).figure.axes[0].get_legend().get_texts()
+    assert [text.get_text() for text in texts] == ["\u200b_a", "(no name)", "b"]

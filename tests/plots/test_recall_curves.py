@@ -74,3 +74,20 @@ def test_a_score_that_nobody_has_is_no_point():
     gap = result(recall_at_1=[np.nan, np.nan], recall_at_2=[1, 0])
     _, means, _ = curves(recall_curves({"x": gap}).figure.axes[0])["x"]
     assert means.tolist() == [0.5]
+
+
+def test_where_no_question_has_a_score_that_is_said():
+    plot = recall_curves({"run": result(recall_at_1=[np.nan, np.nan])})
+    assert plot.alt == "Mean over 2 questions with 95 % interval. no score."
+    axes = plot.figure.axes[0]
+    assert [text.get_text() for text in axes.texts] == ["no question has such a score"] and axes.get_legend() is None
+
+
+def test_each_system_is_in_the_legend_whatever_it_is_called_and_has():
+    scores = {"_a": result(doc_recall_at_1=[0, 1]), "b": result(ent_recall_at_1=[0, 1])}
+    texts = recall_curves(scores).figure.axes[0].get_legend().get_texts()
+    assert [text.get_text().strip("\u200b") for text in texts] == ["_a", "b"]
+
+
+def test_one_question_is_one():
+    assert recall_curves({"run": result(recall_at_1=[1.0])}).alt.startswith("Mean over 1 question with")
