@@ -7,6 +7,7 @@ that one description come the checks, the YAML, the `key=value` overrides, the h
 from __future__ import annotations
 
 import difflib
+import math
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -219,8 +220,8 @@ def help_text(cls: type[Config], command: str) -> str:
         if inner is not None:
             lines += ["", f"{depth}{key}.*  {field.description}"]
             continue
-        default = _default_of(cls, key)
-        shown = "" if default is None else f", default {_yaml_value(default)}"
+        default = default_of(cls, key)
+        shown = "" if default is None else f", default {yaml_value(default)}"
         lines.append(f"{depth}{key}  ({expectation(field)}{shown})")
         lines += textwrap.wrap(
             field.description or "", 110, initial_indent=depth + "    ", subsequent_indent=depth + "    "
@@ -312,7 +313,7 @@ def _annotation(cls: type[Config], key: str) -> Any:
     return next((field.annotation for candidate, field, _ in walk(cls) if candidate == key), None)
 
 
-def _default_of(cls: type[Config], key: str) -> Any:
+def default_of(cls: type[Config], key: str) -> Any:
     """The default of a dotted key as seen from `cls` (a group's default may differ from its class's)."""
     value: Any = cls
     for part in key.split("."):
@@ -323,10 +324,12 @@ def _default_of(cls: type[Config], key: str) -> Any:
     return value
 
 
-def _yaml_value(value: Any) -> str:
+def yaml_value(value: Any) -> str:
+    """A value as it stands in YAML, on one line."""
     if isinstance(value, list):
         value = [item.explicit() if isinstance(item, Config) else item for item in value]
-    return yaml.safe_dump(value, default_flow_style=True, allow_unicode=True).removesuffix("\n...\n").strip() or "''"
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=math.inf)
+    return text.removesuffix("\n...\n").strip() or "''"
 
 
 def _readable(error: ValidationError, cls: type[Config]) -> ConfigError:

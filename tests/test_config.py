@@ -25,7 +25,7 @@ from ragkit.config import (
 )
 from ragkit.lsr_config import LSR_PRESETS
 from ragkit.setting_types import options_of, unit_of
-from ragkit.settings import nearest_key, walk
+from ragkit.settings import nearest_key, walk, yaml_value
 
 ALL = [TrainConfig, RAGConfig, DataConfig, LSRConfig, RALTConfig, EvaluateConfig, QueryConfig, QuickstartConfig]
 
@@ -77,6 +77,11 @@ def test_help_shows_the_default_of_this_class_not_of_the_group():
         help_text(RALTConfig, "ralt")
     )
     assert "one of replug, ra_dit, fedrag or null" in help_text(LSRConfig, "lsr")
+
+
+def test_a_long_default_stays_on_its_line():
+    text = yaml_value([{"name": "listce", "weight": 0.7, "is_doc_loss": True}] * 3)
+    assert "\n" not in text and yaml.safe_load(text) == [{"name": "listce", "weight": 0.7, "is_doc_loss": True}] * 3
 
 
 # ---- YAML ----
