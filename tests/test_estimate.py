@@ -17,7 +17,7 @@ import pretrain_job
 import pytest
 import torch
 from torch import nn
-from watching import losses
+from watching import losses, until
 
 from ragkit.config import ConfigError, EvaluateConfig, LSRConfig, RALTConfig
 from ragkit.estimate import Estimate, estimate, memory, warm_up
@@ -502,13 +502,13 @@ def test_the_peak_is_seen():
         pass
     with memory.PeakMemory(torch.device("cpu")) as peak, mmap.mmap(-1, 80 * memory.MIB) as block:
         block.write(bytes(80 * memory.MIB))  # pages of its own: a tensor may lie in what earlier tests have freed
-        warm_up.time.sleep(0.05)
+        until(lambda: peak.mib - before.mib > 60, what="memory in sight")
     assert 60 < peak.mib - before.mib < 200
 
 
 def test_reading_an_estimate_needs_nothing_heavy():
     code = "import sys, ragkit.estimate; print([m for m in ('torch', 'transformers') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
 
 

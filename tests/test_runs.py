@@ -248,7 +248,7 @@ def test_only_one_works_on_a_run(run):
         with pytest.raises(RunError, match="another training of this process works on it. Watch it with"), run.hold():
             pytest.fail("held twice")
         code = f"from ragkit.runs import Run\nwith Run({str(run.dir)!r}).hold(): pass"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
         assert f"the process {os.getpid()} on" in done.stderr
         assert run.state().name == "running"  # the refused ones changed nothing
     with run.hold() as held:
@@ -262,7 +262,7 @@ import time
 from ragkit.runs import Run
 with Run({str(run.dir)!r}).hold():
     print("held", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"

@@ -75,7 +75,7 @@ class Federation:
         self.processes = {}
         options = ["--port", str(self.port), "--disable-runtime-dependency-installation"]
         self.start("link", [str(BIN / "flower-superlink"), "--insecure", *options])
-        until(lambda: listening(self.port), 60, "SuperLink")
+        until(lambda: listening(self.port), 300, "SuperLink")
         for number in (0, 1):
             self.start(number, [sys.executable, "-c", SUPERNODE, "--insecure", "--superlink",
                                 f"127.0.0.1:{self.port}", "--port", str(free_port()), "--node-config",
@@ -93,7 +93,11 @@ class Federation:
 
     def flwr(self, *command):
         done = subprocess.run(
-            [str(BIN / "flwr"), *command, "--format", "json"], env=self.env, capture_output=True, text=True, timeout=60
+            [str(BIN / "flwr"), *command, "--format", "json"],
+            env=self.env,
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
         return json.loads(done.stdout)
 
@@ -164,13 +168,13 @@ def test_a_deployment_gives_the_weights_of_the_simulation_and_goes_on_without_a_
 ):
     run_id = federation.submit(app, "rounds=2")
     result = simulated(app, monkeypatch)
-    until((folder / "hanging").exists, 180, "second round of client 1")
+    until((folder / "hanging").exists, 300, "second round of client 1")
     federation.kill(1)  # with -9, in the middle of its second round
     killed = time.monotonic()
     final = folder / "runs" / f"federated-{run_id}" / "final.safetensors"
-    until(final.exists, 180, "result")
+    until(final.exists, 300, "result")
     print(f"gone on without after {time.monotonic() - killed:.0f} s")
-    assert until(lambda: federation.finished(run_id), 30, "end") == "finished:completed"
+    assert until(lambda: federation.finished(run_id), 300, "end") == "finished:completed"
 
     deployed = load_file(final)
     assert deployed.keys() == result.weights.keys()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -215,7 +214,7 @@ def test_killed_and_resumed_keeps_the_same(unbroken, tmp_path, kill_when, where)
     config = settings(tmp_path, "killed", train=QUICK)
     run = Run.create(config, tmp_path, name="killed")
     name, reached = unbroken.teacher.__name__, tmp_path / "reached"
-    kill_when([__file__, run.dir, name, where], reached.exists, {"REACHED": str(reached), **HELPERS}, seconds=120)
+    kill_when([__file__, run.dir, name, where], reached.exists, {"REACHED": str(reached), **HELPERS})
     trainer = trainer_of(config, unbroken.teacher, run=Run.open(run.dir))
     trainer.train(resume=True)
     assert curve(run) == curve(unbroken.run) and best_of(run) == best_of(unbroken.run)
@@ -238,15 +237,12 @@ def test_kept_weights_that_cannot_be_read_are_named(tmp_path):
 @pytest.mark.slow
 def test_two_processes_end_with_the_same_weights(tmp_path):
     """Each of the two has half of a batch, and the first one's choice and weights are those of both."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     config = settings(tmp_path, "both", train=QUICK)
     run = Run.create(config, tmp_path, name="both")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [__file__, str(run.dir), "right", "torchrun"]
     environment = {**os.environ, **HELPERS}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("kept the encoder of step") == 1
     first, second = (load_file(run.dir / f"rank{rank}.safetensors") for rank in (0, 1))

@@ -68,14 +68,14 @@ def test_without_ipywidgets_the_package_imports_and_its_names_say_what_to_instal
         "try: ragkit.widgets.ConfigForm\n"
         "except ImportError as error: print(error)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert 'install it with: pip install "ragkit[notebooks]"' in done.stdout
 
 
 def test_importing_ragkit_brings_no_widgets():
     code = "import sys, ragkit, ragkit.widgets, ragkit.presets, ragkit.run_text; print('ipywidgets' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.stdout.strip() == "False", done.stderr
 
 

@@ -39,7 +39,7 @@ class Gate(TrainerCallback):
 
     def on_step_end(self, *args, **kwargs):
         self.arrived += 1
-        assert self.passes.acquire(timeout=60)
+        assert self.passes.acquire(timeout=300)
 
     def let(self, steps=10_000):
         for _ in range(steps):
@@ -85,14 +85,14 @@ def test_buttons_train_stop_and_resume_and_the_curve_is_that_of_an_unbroken_run(
     panel.stop_button.click()
     assert panel.state == "stopping" and "saves a checkpoint" in panel.message
     gate.let()
-    assert panel.wait(60) == "stopped"
+    assert panel.wait(300) == "stopped"
     assert panel.message == (
         f"Stopped at step 4 of {STEPS}; checkpoint-4 is in {tmp_path}/run/checkpoints. Press Resume to go on."
     )
     assert panel.result.stopped and panel.result.steps == 4
     assert is_off(panel.start_button) and not panel.resume_button.disabled
     panel.resume_button.click()
-    assert panel.wait(60) == "finished" and panel.result.steps == STEPS
+    assert panel.wait(300) == "finished" and panel.result.steps == STEPS
     assert panel.display.progress.value == panel.display.progress.max == STEPS
     assert capfd.readouterr() == ("", "")  # a thread's text would land under another cell
     whole = make("whole").train()
@@ -121,20 +121,20 @@ def test_stop_before_the_first_step(make):
 
     def score():
         began.set()
-        assert let.wait(60)
+        assert let.wait(300)
         return result([0.0])
 
     panel = RunPanel(make(), score=score)
     panel.start()
-    assert began.wait(30)
+    assert began.wait(300)
     until(lambda: "scoring before" in panel.message)
     panel.stop_button.click()
     assert panel.state == "stopping" and "no step was made" in panel.message
     let.set()
-    assert panel.wait(30) == "stopped"
+    assert panel.wait(300) == "stopped"
     assert panel.message == "Stopped before the first step; nothing was trained. Press Resume to begin."
     panel.resume_button.click()
-    assert panel.wait(60) == "finished" and panel.result.steps == STEPS
+    assert panel.wait(300) == "finished" and panel.result.steps == STEPS
 
 
 def test_stop_right_after_resume_is_not_forgotten(make):
@@ -144,13 +144,13 @@ def test_stop_right_after_resume_is_not_forgotten(make):
     until(lambda: gate.arrived == 4)
     panel.stop()
     gate.let(2)
-    assert panel.wait(60) == "stopped"
+    assert panel.wait(300) == "stopped"
     panel.resume()
     panel.stop()  # the training drops the requests that were there before it
     until(lambda: gate.arrived == 6 or panel.state == "stopped")
     time.sleep(0.6)
     gate.let()
-    assert panel.wait(60) == "stopped" and panel.result.steps < STEPS
+    assert panel.wait(300) == "stopped" and panel.result.steps < STEPS
 
 
 def result(values):
@@ -210,7 +210,7 @@ def test_errors_are_said_and_raised(make):
     assert state.name == "failed" and state.error == "the disk is full" and state.step == 4
     trainer.callbacks.clear()
     panel.resume()
-    assert panel.wait(60) == "finished" and len(losses(Run.open(panel.run_dir))) == STEPS
+    assert panel.wait(300) == "finished" and len(losses(Run.open(panel.run_dir))) == STEPS
 
 
 def test_an_error_before_training(make):
@@ -266,7 +266,7 @@ def test_an_interrupt_of_the_waiting_cell_stops_with_a_checkpoint(make):
             real.join(timeout)
 
     panel._watcher = Pressed()
-    assert panel.wait(60) == "stopped" and panel.result.steps < STEPS
+    assert panel.wait(300) == "stopped" and panel.result.steps < STEPS
 
 
 # ---- other notebooks ----
@@ -284,10 +284,10 @@ def test_a_second_panel_watches_stops_and_cannot_start_a_second_training(make, t
         again.train(resume=True)
     code = f"from ragkit.widgets import RunPanel; p = RunPanel.attach({str(tmp_path / 'run')!r}); print(p.state);"
     code += "p.stop(); print(p.state)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.stdout.split() == ["running", "stopping"], done.stderr
     gate.let()
-    assert panel.wait(60) == "stopped" and other.wait(60) == "stopped"
+    assert panel.wait(300) == "stopped" and other.wait(300) == "stopped"
     assert panel.result.stopped
 
 
@@ -307,7 +307,7 @@ def test_a_run_whose_kernel_is_gone_says_how_to_go_on(make, tmp_path, kill_when,
     assert again.state == "interrupted" and not again.resume_button.disabled
     assert again.message.endswith("Press Resume to go on.")
     again.resume()
-    assert again.wait(60) == "finished"
+    assert again.wait(300) == "finished"
     assert losses(Run.open(folder)) == losses(Run.open(make("whole", refresh_steps=3).train().run_dir))
 
 
@@ -326,7 +326,7 @@ def test_a_panel_follows_and_stops_a_run_that_was_resumed_elsewhere_after_it_sto
         assert panel.state == "stopping" and elsewhere.stop_requested
         elsewhere.clear_stop()
         held.end("stopped")
-    assert panel.wait(30) == "stopped" and panel._watcher is None
+    assert panel.wait(300) == "stopped" and panel._watcher is None
     elsewhere.clear_stop()  # the panel may have asked once more
     with elsewhere.hold() as held:
         panel.resume_button.click()
@@ -335,7 +335,7 @@ def test_a_panel_follows_and_stops_a_run_that_was_resumed_elsewhere_after_it_sto
         panel.stop_button.click()
         assert panel.state == "stopping" and elsewhere.stop_requested
         held.end("stopped")
-    assert panel.wait(30) == "stopped"
+    assert panel.wait(300) == "stopped"
 
 
 def test_a_closed_panel_no_longer_watches(elsewhere):
@@ -343,11 +343,11 @@ def test_a_closed_panel_no_longer_watches(elsewhere):
         panel, other = RunPanel.attach(elsewhere.dir), RunPanel.attach(elsewhere.dir)
         watcher = panel._watcher
         panel.close()
-        watcher.join(30)
+        watcher.join(300)
         assert not watcher.is_alive() and panel.comm is None
         assert other._watcher.is_alive() and other.state == "running"
         held.end("finished")
-    assert other.wait(30) == "finished"
+    assert other.wait(300) == "finished"
 
 
 def test_what_a_trainer_does_after_its_training_is_no_start(make):
@@ -357,13 +357,13 @@ def test_what_a_trainer_does_after_its_training_is_no_start(make):
     def train_and_encode(resume=False):
         found = train(resume)
         done.set()
-        assert let.wait(60)
+        assert let.wait(300)
         return found
 
     trainer.train = train_and_encode
     panel = RunPanel(trainer)
     panel.start()
-    assert done.wait(60)
+    assert done.wait(300)
     until(lambda: panel._status.name == "ending")
     panel._refresh()
     assert panel.state == "running" and is_off(panel.stop_button)
@@ -373,7 +373,7 @@ def test_what_a_trainer_does_after_its_training_is_no_start(make):
     panel._source.work.stop()
     assert not Run(panel.run_dir).stop_requested
     let.set()
-    assert panel.wait(60) == "finished" and panel.result.steps == STEPS
+    assert panel.wait(300) == "finished" and panel.result.steps == STEPS
 
 
 def test_an_error_is_forgotten_once_the_run_was_gone_on_with_elsewhere(make):
@@ -381,7 +381,7 @@ def test_an_error_is_forgotten_once_the_run_was_gone_on_with_elsewhere(make):
     trainer._rows_of = lambda *args: 1 / 0
     panel = RunPanel(trainer)
     panel.start()
-    assert panel.wait(60) == "failed" and panel._source.work.error is not None
+    assert panel.wait(300) == "failed" and panel._source.work.error is not None
     with Run(panel.run_dir).hold() as held:
         held.end("finished")
     panel._refresh()
@@ -400,12 +400,12 @@ def test_a_run_folder_deleted_while_it_trains(make, tmp_path):
     until(lambda: panel.state == "missing")
     assert "is gone: it was deleted or moved" in panel.message
     gate.let()
-    panel.wait(60)
+    panel.wait(300)
     assert panel.state == "missing" and is_off(panel.resume_button)
     with pytest.raises(RunError, match="is gone"):
         panel.run()
     panel.start_button.click()  # a new folder of the same name
-    assert panel.wait(60) == "finished"
+    assert panel.wait(300) == "finished"
 
 
 def test_a_run_folder_deleted_afterwards(make, tmp_path):
@@ -487,7 +487,7 @@ def test_the_static_form_is_the_same_each_time_and_names_no_path(make):
 
 def test_without_ipywidgets_it_says_what_to_install():
     code = "import sys; sys.modules['ipywidgets'] = None\nimport ragkit.widgets\nragkit.widgets.RunPanel"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert 'install it with: pip install "ragkit[notebooks]"' in done.stderr
 
 
