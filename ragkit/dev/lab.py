@@ -138,6 +138,7 @@ class JupyterLab:
     def open(self, name: str) -> Notebook:
         """Opens a notebook of the folder, and waits for its kernel."""
         page = self._browser.new_page(viewport=VIEW)
+        page.set_default_timeout(START * 1000)
         page.goto(f"{self.url}/lab/tree/{name}?reset")
         page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=START * 1000)
         page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]", timeout=START * 1000)
