@@ -58,6 +58,40 @@ def test_the_settings_of_a_class_are_listed_with_what_they_do(site):
 
 
 @pytest.mark.slow
+def test_a_page_of_settings_is_their_table_with_the_defaults(site):
+    page = (site / "api" / "ragkit.LSRConfig.html").read_text(encoding="utf-8")
+    rows = [re.findall(r"<td>(.*?)</td>", row, re.DOTALL) for row in re.findall(r"<tr.*?</tr>", page, re.DOTALL)]
+    table = [[html.unescape(re.sub("<[^>]+>", "", cell)).strip() for cell in row] for row in rows if row]
+    defaults = {row[0]: row[2] for row in table}
+    assert defaults["gamma"] == "0.05" and defaults["keep"] == "best" and defaults["refresh_steps"] == "null"
+    assert defaults["train.batch_size"] == str(LSRConfig().train.batch_size)
+    assert "Parameters" not in page  # a list of the same names with their types only
+
+
+@pytest.mark.slow
+def test_widgets_have_the_signature_that_they_are_called_with(site):
+    for name, first in (("ConfigForm", "settings"), ("RunPanel", "source"), ("GraphView", "source")):
+        page = (site / "api" / f"ragkit.widgets.{name}.html").read_text(encoding="utf-8")
+        text = " ".join(html.unescape(re.sub("<[^>]+>", "", page)).split())
+        assert f"class ragkit.widgets.{name}({first}" in text and "*args" not in text
+
+
+@pytest.mark.slow
+def test_what_stands_before_a_colon_in_a_property_is_not_taken_for_its_type(site):
+    for page in (site / "api").glob("*.html"):
+        assert "Type<span" not in page.read_text(encoding="utf-8"), page.name
+    text = (site / "api" / "ragkit.widgets.RunPanel.html").read_text(encoding="utf-8")
+    assert "The sentence shown to the person: what happened" in text
+
+
+@pytest.mark.slow
+def test_wide_code_can_be_scrolled_by_keyboard(site):
+    for page in ("index.html", "notebooks/00_quickstart.html"):
+        text = (site / page).read_text(encoding="utf-8")
+        assert '<pre tabindex="0">' in text and "<pre>" not in text
+
+
+@pytest.mark.slow
 def test_search_knows_the_names(site):
     index = (site / "searchindex.js").read_text(encoding="utf-8").lower()
     for word in ("lsrtrainer", "runpanel", "relational_conv", "quickstart"):

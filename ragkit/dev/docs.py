@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 from ragkit.dev.execute import NOTEBOOKS, ROOT, repository
 from ragkit.optional import require
 from ragkit.setting_types import expectation, unit_of
-from ragkit.settings import Config, walk
+from ragkit.settings import Config, default_of, walk, yaml_value
 
 # Chapter -> modules whose public names (`__all__`) have a page each; or (module, names).
 CHAPTERS: dict[str, list[str | tuple[str, list[str]]]] = {
@@ -155,13 +155,14 @@ def _page(page: str, name: str, value: Any) -> str:
 
 def _settings_table(cls: type[Config]) -> list[str]:
     """All settings of a class, groups included, as a list table: what forms and `--help` show too."""
-    lines = [".. list-table::", "   :header-rows: 1", "   :widths: 25 25 50", ""]
-    rows = [("setting", "takes", "what it does")]
+    lines = [".. list-table::", "   :header-rows: 1", "   :widths: 25 20 15 40", ""]
+    rows = [("setting", "takes", "default", "what it does")]
     for key, field, inner in walk(cls):
         if inner is None:
             unit = unit_of(field)
             takes = expectation(field, with_unit=False) + (f" ({unit})" if unit else "")
-            rows.append((f"``{key}``", _plain(takes), _plain(field.description or "")))
+            default = yaml_value(default_of(cls, key))
+            rows.append((f"``{key}``", _plain(takes), _plain(default), _plain(field.description or "")))
     for row in rows:
         lines += [f"   {'*' if i == 0 else ' '} - {cell}" for i, cell in enumerate(row)]
     return [*lines, ""]
