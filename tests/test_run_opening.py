@@ -177,4 +177,5 @@ def test_a_run_that_does_not_tell_its_processes_is_not_warned_about(run, monkeyp
     monkeypatch.setenv("WORLD_SIZE", "2")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.simplefilter("ignore", ResourceWarning)  # of what earlier tests left to be collected
         open_run(LSRConfig(), run, resume=True, again=False)

@@ -61,6 +61,7 @@ def test_arguments_become_settings(tmp_path, make_fedrag, rows):
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # all of them are used
+        warnings.simplefilter("ignore", ResourceWarning)  # of what earlier tests left to be collected
         trainer = HuggingFaceTrainerForLSR(make_fedrag(top_k=3), [rows], training_arguments=given)
     assert trainer.config.train.model_dump() == {
         **TrainConfig().model_dump(),

@@ -170,6 +170,7 @@ def test_a_question_without_an_entity(build):
     fallback = build(ranker="simple")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.simplefilter("ignore", ResourceWarning)  # of what earlier tests left to be collected
         saved = build(linker=retriever.linker, fallback=fallback).retrieve(questions, 2)
     assert pairs(saved[:1]) == pairs(found[:1])
     assert pairs(saved[1:]) == pairs(fallback.retrieve(questions[1:], 2))  # through its own linker's embeddings
