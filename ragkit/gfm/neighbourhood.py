@@ -350,11 +350,13 @@ def around(
     """
     found = pick(graph, list(starts), scores, explanation, hops, max_nodes)
     notes = [explanation.note] if explanation is not None and explanation.note else []
+    room = _count(max_nodes, "node", "nodes")
     total = len(explanation.paths) if explanation is not None else 0
     if len(found.paths) < total:
-        notes.append(f"{total - len(found.paths)} of {total} paths do not fit into {max_nodes} nodes.")
+        notes.append(f"{total - len(found.paths)} of {total} paths do not fit into {room}.")
     if found.missing_starts:
-        notes.append(f"{found.missing_starts} entities of the question do not fit into {max_nodes} nodes.")
+        missing = _count(found.missing_starts, "entity", "entities")
+        notes.append(f"{missing} of the question: no room in {room}.")
     known = scores if scores is not None else explanation
     return Neighbourhood(
         question=known.question if known is not None else "",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+import unicodedata
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
 
 NODE_CHARS, LABEL_CHARS = 20, 24
 NODE_LINES, LABEL_LINES = 2, 3
+JOINERS = "\u200c\u200d"
 LONE_NODES = 8  # of each side where there is no path
 
 
@@ -90,8 +92,18 @@ def picture_graph(explanation: Explanation) -> tuple[list[Node], list[Edge]]:
 
 
 def clean(text: str) -> str:
-    """One line of what can be printed; XML has no place for control characters and lone surrogates."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(str(text).split()))
+    """One line of what can be printed; XML has no place for control characters and lone surrogates.
+
+    Joiners stay (Persian and Hindi words and emoji are made with them); other signs that are not seen go, as those
+    that turn the direction of what follows.
+    """
+    return "".join(_shown(c) for c in " ".join(str(text).split()))
+
+
+def _shown(c: str) -> str:
+    if c.isprintable() or c in JOINERS:
+        return c
+    return "" if unicodedata.category(c) == "Cf" else "\ufffd"
 
 
 def shorten(text: str, chars: int) -> str:

@@ -151,7 +151,7 @@ def test_question_and_answer_are_always_there(line, most):
     assert len(found.nodes) == most and found.nodes[0].name == "a"
     assert most == 1 or [n.name for n in found.nodes if n.role == "answer"] == ["d"]
     if most < 7:
-        assert f"entities of the question do not fit into {most} nodes" in found.note
+        assert f"of the question: no room in {most} node" in found.note
 
 
 def test_only_paths(line):

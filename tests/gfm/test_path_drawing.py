@@ -136,6 +136,9 @@ def test_names_that_break_things():
 
 def test_texts_are_shortened():
     assert clean(" a \n b\x07 ") == "a b\ufffd"
+    for name in ("می\u200cخواهم", "क्\u200dष", "👩\u200d👧"):  # Persian, Hindi, a family
+        assert clean(name) == name
+    assert clean("\u202eabc\u2066 d\u00ade\ufeff") == "abc de"
     assert shorten("abcdef", 4) == "abc\u2026" and shorten("abcd", 4) == "abcd"
     assert lines_of("one two three four five six", 9, 2) == ["one two", "three fo\u2026"]
     assert lines_of("", 9, 2) == [" "]
