@@ -40,7 +40,7 @@ class GraphView(StaticBox):
         target: Name of the entity or document whose score is explained first; None: the best scored entity that the
             question does not name.
         entities: Names or ids to start from, in place of those that the linker finds; needed with a graph alone.
-        hops, max_nodes, paths: As in `ragkit.gfm.neighbourhood`; the sliders' first places.
+        hops, max_nodes, paths: As in `ragkit.gfm.neighbourhood`; the first numbers in their fields.
 
     Attributes:
         neighbourhood: What is shown, or None where there is nothing to show.
@@ -98,11 +98,9 @@ class GraphView(StaticBox):
         self.target = widgets.Dropdown(options=[("nothing", None)], description="Explain", style=style, layout=LAYOUT)
         set_tooltip(self.target, "The entity or document whose score the paths explain")
         low = min(5, max_nodes)
-        self.nodes = widgets.IntSlider(
-            value=max_nodes, min=low, max=MOST_NODES, description="Most entities", **options
-        )
-        self.hops = widgets.IntSlider(value=hops, min=1, max=max(3, hops), description="Hops", **options)
-        self.paths = widgets.IntSlider(value=paths, min=1, max=max(10, paths), description="Paths", **options)
+        self.nodes = _whole_number(max_nodes, low, MOST_NODES, "Most entities")
+        self.hops = _whole_number(hops, 1, max(3, hops), "Hops")
+        self.paths = _whole_number(paths, 1, max(10, paths), "Paths")
         self.paths_only = widgets.Checkbox(value=False, description="Only what is on the paths", indent=False)
         self.status, self.picture, self.tables = widgets.HTML(), widgets.HTML(), widgets.HTML()
         self.table = widgets.HTML()
@@ -251,6 +249,14 @@ class GraphView(StaticBox):
     def static_text(self) -> str:
         """The tables."""
         return self.message if self.neighbourhood is None else str(self.neighbourhood)
+
+
+def _whole_number(value: int, low: int, high: int, name: str) -> Any:
+    """A field for a number; the handle of a slider would have no name for a screen reader."""
+    style, layout = {"description_width": WIDTH}, {"width": "220px"}
+    field = widgets.BoundedIntText(value=value, min=low, max=high, description=name, style=style, layout=layout)
+    set_tooltip(field, f"{low} to {high}")
+    return field
 
 
 def _themed(text: str) -> str:

@@ -113,7 +113,7 @@ def test_every_input_changes_what_is_shown(view):
     assert [n.name for n in view.neighbourhood.nodes if n.role == "question"] == ["lima", "peru"]
 
 
-def test_sliders_do_not_ask_the_model_again(view, monkeypatch):
+def test_numbers_do_not_ask_the_model_again(view, monkeypatch):
     calls = []
     monkeypatch.setattr(module, "scores_of", lambda *a: calls.append("scores"))
     monkeypatch.setattr(module, "explained", lambda *a: calls.append("paths"))
@@ -231,6 +231,6 @@ def test_the_static_form_is_a_picture_and_tables_and_always_the_same(view, retri
 
 def test_inputs_are_named_and_in_order(view):
     order = [type(child).__name__ for child in view.children[:7]]
-    assert order == ["Text", "Text", "Dropdown", "IntSlider", "IntSlider", "IntSlider", "Checkbox"]
+    assert order == ["Text", "Text", "Dropdown", "BoundedIntText", "BoundedIntText", "BoundedIntText", "Checkbox"]
     assert all(child.description for child in view.children[:7])
     assert isinstance(view, widgets.VBox)
