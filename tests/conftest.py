@@ -13,11 +13,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one process a core already: more thre
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
-from hypothesis import settings  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
 
 # The same examples in every run, and no verdict on the speed of a busy machine. To search anew:
 # pytest --hypothesis-profile=default
-settings.register_profile("ragkit", derandomize=True, deadline=None)
+settings.register_profile("ragkit", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("ragkit")
 
 

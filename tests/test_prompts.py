@@ -68,7 +68,7 @@ def test_a_passage_format_without_text_is_refused():
         PromptTemplate("mine", "{passages}{question}", passage="{title}")
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     passages=st.lists(st.lists(st.sampled_from(["a", "bb", "ccc", "Lima,"]), max_size=30).map(" ".join), max_size=4),
     budget=st.integers(8, 60),
