@@ -25,9 +25,16 @@ class TrainConfig(Config):
         ge=0,
     )
     schedule: Literal["linear", "cosine", "constant"] = setting(
-        "linear", "How the learning rate goes on after the warm-up."
+        "linear",
+        "After the warm-up the learning rate goes down to 0 in a line (linear) or a wave (cosine), or not (constant).",
     )
-    weight_decay: float = setting(0.0, "Decoupled weight decay of AdamW.", unit="share per unit of rate", ge=0, le=1)
+    weight_decay: float = setting(
+        0.0,
+        "Decoupled weight decay: at each step weights shrink by this times the learning rate (AdamW).",
+        unit="share per unit of rate",
+        ge=0,
+        le=1,
+    )
     max_grad_norm: float = setting(
         1.0, "Gradients are scaled down to this L2 norm at most; 0 turns clipping off.", unit="gradient norm", ge=0
     )
@@ -83,7 +90,9 @@ class RAGConfig(Config):
         "default", 'Causal language model: hub name or folder; "default" is the shipped tiny LM.', min_length=1
     )
     adapter: str | None = setting(None, "Folder or hub name of a PEFT adapter laid over the generator.")
-    store: Literal["memory", "qdrant"] = setting("memory", "Where the passages and their vectors are kept.")
+    store: Literal["memory", "qdrant"] = setting(
+        "memory", "Where passages and their vectors are kept: memory of this process, or qdrant, a vector database."
+    )
     qdrant_url: str | None = setting(None, "Address of a Qdrant server; null: embedded.")
     qdrant_path: str | None = setting(
         None,
@@ -96,8 +105,8 @@ class RAGConfig(Config):
     )
     answer_from: Literal["joined", "ensemble"] = setting(
         "joined",
-        "How the generator reads its passages: all in one prompt, or each in a prompt of its own with the predictions "
-        "mixed by how well it was retrieved (RA-DIT, REPLUG).",
+        "How the generator reads its passages: joined in one prompt, or (ensemble) each in a prompt of its own, with "
+        "the predictions mixed by how well it was retrieved (RA-DIT, REPLUG).",
     )
     ensemble_gamma: float = setting(
         0.05,

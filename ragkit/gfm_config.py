@@ -81,11 +81,15 @@ class EntityModelConfig(Config):
     hidden_dims: list[Positive] = setting(
         [512] * 6, "Numbers that each layer puts out; as many as there are layers.", unit="dimensions", min_length=1
     )
-    message_func: Literal["distmult", "transe"] = setting("distmult", "What an edge carries.")
-    aggregate_func: Literal["sum", "mean", "max", "pna"] = setting("sum", "How an entity joins what its edges carry.")
+    message_func: Literal["distmult", "transe"] = setting(
+        "distmult", "What an edge carries: the state of its start times its relation (distmult), or plus it (transe)."
+    )
+    aggregate_func: Literal["sum", "mean", "max", "pna"] = setting(
+        "sum", "How an entity joins what its edges carry; pna: mean, least, largest and spread, in three scales."
+    )
     short_cut: bool = setting(True, "Adds a layer's input to its output.")
     layer_norm: bool = setting(True, "LayerNorm before the activation.")
-    concat_hidden: bool = setting(False, "The head reads the states of all layers.")
+    concat_hidden: bool = setting(False, "The head reads the states of all layers, not of the last alone.")
     num_mlp_layer: int = setting(2, "Linear maps in the head.", unit="layers", ge=1)
 
 
@@ -99,7 +103,13 @@ class OptimizerConfig(Config):
     """AdamW."""
 
     lr: float = setting(5e-4, "Peak learning rate.", unit="weight change per step", gt=0, le=10)
-    weight_decay: float = setting(0.01, "Decoupled weight decay.", unit="share per unit of rate", ge=0, le=1)
+    weight_decay: float = setting(
+        0.01,
+        "Decoupled weight decay: at each step weights shrink by this times the learning rate.",
+        unit="share per unit of rate",
+        ge=0,
+        le=1,
+    )
 
 
 class LossConfig(Config):
@@ -127,7 +137,10 @@ class RankerConfig(Config):
     """How documents are ranked by the scores of their entities."""
 
     name: Literal["simple", "idf", "topk", "idf_topk", "score_weighted_idf"] = setting(
-        "idf_topk", "The ranker; idf_topk is GFM-RAG's, score_weighted_idf keeps how sure the model is."
+        "idf_topk",
+        "How the scores of its entities make a document's: simple adds them up, idf divides each by the documents"
+        " that the entity is in, topk counts those among the best, idf_topk (GFM-RAG's) is both, score_weighted_idf keeps "
+        "how sure the model is.",
     )
     top_k: int | None = setting(
         None, "Best entities that count; null: the ranker's own (10, 20, or all).", unit="entities", ge=1
@@ -180,7 +193,8 @@ class GFMTrainConfig(Config):
         0, "Steps over which the rate rises to its peak; below 1: that share of all.", unit="steps", ge=0
     )
     schedule: Literal["linear", "cosine", "constant"] = setting(
-        "constant", "How the learning rate goes on after the warm-up."
+        "constant",
+        "After the warm-up the learning rate goes down to 0 in a line (linear) or a wave (cosine), or not (constant).",
     )
     num_threads: int | None = setting(
         None, "CPU threads of PyTorch; null: as PyTorch is set already.", unit="threads", ge=1, le=1024

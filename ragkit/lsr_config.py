@@ -40,7 +40,9 @@ class LSRConfig(Config):
     """Fine-tunes the retriever from the language model's own scores of the passages (LSR)."""
 
     preset: Literal["replug", "ra_dit", "fedrag"] | None = setting(
-        None, "Values of a paper, or of another kit, for the settings that you leave alone; null: ragkit's defaults."
+        None,
+        "Values of a paper (replug, ra_dit) or of another kit (fedrag) for the settings that you leave alone; null: "
+        "ragkit's defaults.",
     )
     data: DataConfig = group(DataConfig(), "passages and questions")
     rag: RAGConfig = group(RAGConfig(), "the RAG system whose retriever is trained")
@@ -63,7 +65,7 @@ class LSRConfig(Config):
         1.0, "Temperature of the LM: Q_LM = softmax(score / beta).", unit="unit of the score", gt=0, le=1000
     )
     direction: Literal["KL(P_R||Q_LM)", "KL(Q_LM||P_R)"] = setting(
-        "KL(P_R||Q_LM)", "Which divergence is made small; the first is the papers'."
+        "KL(P_R||Q_LM)", "Which divergence is made small; KL(P_R||Q_LM) is the papers'."
     )
     score: Literal["mean_logprob", "logprob", "token_prob", "prob"] = setting(
         "mean_logprob",

@@ -14,6 +14,8 @@ from ragkit.config import (
     ConfigError,
     DataConfig,
     EvaluateConfig,
+    GFMFinetuneConfig,
+    GFMPretrainConfig,
     LSRConfig,
     QueryConfig,
     QuickstartConfig,
@@ -24,7 +26,7 @@ from ragkit.config import (
     load_config,
 )
 from ragkit.lsr_config import LSR_PRESETS
-from ragkit.setting_types import options_of, unit_of
+from ragkit.setting_types import choices_of, options_of, unit_of
 from ragkit.settings import nearest_key, walk, yaml_value
 
 ALL = [TrainConfig, RAGConfig, DataConfig, LSRConfig, RALTConfig, EvaluateConfig, QueryConfig, QuickstartConfig]
@@ -82,6 +84,14 @@ def test_help_shows_the_default_of_this_class_not_of_the_group():
 def test_a_long_default_stays_on_its_line():
     text = yaml_value([{"name": "listce", "weight": 0.7, "is_doc_loss": True}] * 3)
     assert "\n" not in text and yaml.safe_load(text) == [{"name": "listce", "weight": 0.7, "is_doc_loss": True}] * 3
+
+
+@pytest.mark.parametrize("cls", [*ALL, GFMPretrainConfig, GFMFinetuneConfig])
+def test_help_of_a_choice_names_what_can_be_chosen(cls):
+    for key, field, inner in walk(cls):
+        words = [] if inner is not None else [choice for choice in choices_of(field) if isinstance(choice, str)]
+        if len(words) > 1:
+            assert any(word in field.description for word in words), f"{key}: {field.description}"
 
 
 # ---- YAML ----
