@@ -138,9 +138,9 @@ class RankerConfig(Config):
 
     name: Literal["simple", "idf", "topk", "idf_topk", "score_weighted_idf"] = setting(
         "idf_topk",
-        "How the scores of its entities make a document's: simple adds them up, idf divides each by the documents"
-        " that the entity is in, topk counts those among the best, idf_topk (GFM-RAG's) is both, score_weighted_idf keeps "
-        "how sure the model is.",
+        "How the scores of its entities make a document's: simple adds them up, idf divides each by the documents "
+        "that the entity is in, topk counts those among the best, idf_topk (GFM-RAG's) is both, score_weighted_idf "
+        "keeps how sure the model is.",
     )
     top_k: int | None = setting(
         None, "Best entities that count; null: the ranker's own (10, 20, or all).", unit="entities", ge=1
