@@ -230,6 +230,8 @@ class Job:
         """The numbers of all its processes."""
         psutil = require("psutil")
         found: dict[int, None] = dict.fromkeys(pid for pid in self._roots(self.record()) if pid)
+        if self._process is not None and self._process.poll() is None:
+            found[self._process.pid] = None  # it may not have said its number yet
         facts = self.run.state().facts if self.run.dir.is_dir() else {}
         if is_process(facts.get("pid"), facts.get("created")):
             found[facts["pid"]] = None

@@ -313,7 +313,7 @@ def test_a_command_that_fails_at_once(own, jobs):
 def test_a_job_outlives_its_notebook_stops_and_goes_on_as_unbroken(own, jobs, held, tmp_path):
     """One Python process starts it and is gone; another watches, stops and resumes it."""
     held.at("create")
-    config = own(steps=400, name="one")
+    config = own(steps=40, name="one")
     (tmp_path / "one.yaml").write_text(config.to_yaml())
     code = (
         "from ragkit.config import RALTConfig, load_config; from ragkit.jobs import Job;"
@@ -340,16 +340,20 @@ def test_a_job_outlives_its_notebook_stops_and_goes_on_as_unbroken(own, jobs, he
     assert job.run.last_checkpoint().name == f"checkpoint-{state.step}"
     assert any(line.startswith("stopped at step") for line in job.log())
     os.chdir("/")  # the settings' paths are relative to where it was started
+    held.at(6)
     job.resume()
     job.stop()
+    until(lambda: job.stop() or held.arrived() or not job.alive)
+    job.stop()
+    held.let_go()
     until(lambda: job.stop() or job.status().name == "stopped" and not job.alive)
     job.resume()
     assert job.wait(300) and job.status().name == "finished", job.log()
     os.chdir(tmp_path)
-    whole = Job.start(own(steps=400, name="whole"))
+    whole = Job.start(own(steps=40, name="whole"))
     jobs.append(whole)
     assert whole.wait(300)
-    assert losses(job.run) == losses(whole.run) and len(losses(job.run)) == 400
+    assert losses(job.run) == losses(whole.run) and len(losses(job.run)) == 40
     assert (job.run.dir / "evaluation.json").exists()
     assert latest("runs").name == "whole" and latest("runs", "lsr") is None
 
@@ -363,6 +367,13 @@ def test_stop_before_there_is_a_run_folder(own, jobs, held):
     job.stop()
     assert job.wait(300)
     assert job.status().name == "stopped" and not job.run.dir.exists()
+
+
+def test_killed_before_it_says_its_number(own, jobs):
+    job = Job.start(own())
+    jobs.append(job)
+    job.kill()
+    assert not job.alive and job.status().name == "interrupted" and not job.run.dir.exists()
 
 
 @pytest.mark.slow
