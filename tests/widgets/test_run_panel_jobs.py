@@ -12,6 +12,7 @@ import pytest
 from watching import losses, until
 
 from ragkit.config import LSRConfig, RALTConfig
+from ragkit.jobs import Job
 from ragkit.runs import Run, RunError
 from ragkit.widgets.run_panel import RunPanel
 
@@ -87,9 +88,21 @@ def test_a_panel_on_a_run_that_failed_says_how_to_go_on(tmp_path, monkeypatch):
     assert panel.resume_button.disabled and panel.message == words + "start a new run."
 
 
+def test_as_many_processes_as_asked_for_are_started_and_shown(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr(Job, "_launch", lambda self, command, arguments, processes: asked.append(processes))
+    RunPanel(LSRConfig(), processes=2).start()
+    assert asked == [2]
+    run = Run.create(RALTConfig(), "runs", "a")
+    with run.hold(program="ragkit", device="cpu", threads=1, processes=2):
+        panel = RunPanel.attach(run.dir)
+        assert "CPU, 1 thread, 2 processes · memory " in panel.display.machine.value
+
+
 @pytest.mark.slow
 def test_start_watch_stop_resume_and_the_table(own, panels, held, tmp_path):
-    panel = RunPanel(own(steps=400))
+    panel = RunPanel(own(steps=24))
     panels.append(panel)
     held.at(3)
     panel.start_button.click()
@@ -110,10 +123,10 @@ def test_start_watch_stop_resume_and_the_table(own, panels, held, tmp_path):
     assert "CPU, 1 thread" in panel.display.machine.value and "use it: python -m ragkit" in panel.display.where.value
     assert "Before and after the training" in panel.display.tables.value and panel.table.labels == ["before", "after"]
     assert "<svg" in panel.display.picture.value and panel.plot().alt.startswith("Loss from")
-    whole = RunPanel(own(steps=400))
+    whole = RunPanel(own(steps=24))
     panels.append(whole)
-    assert whole.run()["steps"] == 400
-    assert losses(panel) == losses(whole) and len(losses(whole)) == 400
+    assert whole.run()["steps"] == 24
+    assert losses(panel) == losses(whole) and len(losses(whole)) == 24
 
 
 @pytest.mark.slow
@@ -195,6 +208,7 @@ def test_an_estimate_of_settings_leaves_the_kernel_free(own, panels, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long  # test_jobs.py stops two processes and goes on with them; here is what the panel says of them
 def test_two_processes(own, panels):
     panel = RunPanel(own(), processes=2)
     panels.append(panel)
