@@ -38,6 +38,7 @@ ALL_LABELLED = 24  # edges; of more, only those on paths have their relations in
 NAME_CHARS, NAME_LINES, LABEL_CHARS, LABEL_LINES = 20, 2, 24, 2
 MARGIN = 16.0
 LEAST_WIDTH = 640.0
+HEAD = 13.0  # pixels of the largest arrow head
 AROUND = 9.0  # pixels of a line that show on each side of its label
 
 
@@ -246,9 +247,7 @@ class Drawing:
         for number, box in sorted(self.labels.items(), key=lambda item: -item[0]):
             edge = self.of.edges[number]
             one, two = self.nodes[self.at[edge.head]], self.nodes[self.at[edge.tail]]
-            bend = through((one.x, one.y), (box.x, box.y), (two.x, two.y))
-            start, end = _border(one, bend), _border(two, bend)
-            bend = through(start, (box.x, box.y), end)
+            start, bend, end = _curve(one, box, two)
             title = self._edge_title(edge)
             if edge.paths:
                 width = 3.6 if edge.paths[0] == 1 else 2.6
@@ -329,6 +328,43 @@ class Drawing:
             block.marks.append(Words(left, y, text + weight, LABEL, "faint", "start"))
             block.height += row
         return block
+
+
+def _curve(one: Box, label: Box, two: Box) -> tuple[tuple[float, float], tuple[float, float], tuple[float, float]]:
+    """Start, control point and end of a curve from a node past a label to a node.
+
+    It leaves and reaches the nodes on the side of its control point; but where that would lead it through one of them,
+    and hide the arrow behind it, on the side of the label.
+    """
+    middle = (label.x, label.y)
+    bend = through((one.x, one.y), middle, (two.x, two.y))
+    start, end = _border(one, bend), _border(two, bend)
+    bend = through(start, middle, end)
+    if not (_covers(two, start, bend, end) or _covers(one, end, bend, start)):
+        return start, bend, end
+    start, end = _border(one, middle), _border(two, middle)
+    straight = ((start[0] + end[0]) / 2, (start[1] + end[1]) / 2)
+    for share in (1.0, 0.75, 0.5, 0.25):  # of the way from a straight line to one through the label
+        towards = tuple(a + share * (b - a) for a, b in zip(straight, middle, strict=True))
+        bend = through(start, (towards[0], towards[1]), end)
+        head = any(_within(two, x, y) for _, x, y in arrow(bend, end, HEAD))
+        if not (head or _covers(two, start, bend, end) or _covers(one, end, bend, start)):
+            return start, bend, end
+    return start, straight, end
+
+
+def _covers(box: Box, start: tuple[float, float], bend: tuple[float, float], end: tuple[float, float]) -> bool:
+    """Whether the last half of a curve to a node's border runs behind the node."""
+    for step in range(10, 20):
+        t = step / 20
+        x, y = ((1 - t) ** 2 * a + 2 * t * (1 - t) * b + t**2 * c for a, b, c in zip(start, bend, end, strict=True))
+        if _within(box, x, y):
+            return True
+    return False
+
+
+def _within(box: Box, x: float, y: float) -> bool:
+    return abs(x - box.x) < box.width / 2 - 1 and abs(y - box.y) < box.height / 2 - 1
 
 
 def _border(box: Box, towards: tuple[float, float]) -> tuple[float, float]:

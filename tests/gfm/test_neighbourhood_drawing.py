@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from ragkit.gfm import Explanation, Path, PathStep, draw_neighbourhood, neighbourhood
 from ragkit.gfm.looks import SVG, text_width
 from ragkit.gfm.near_layout import PAD, apart, place
+from ragkit.gfm.near_marks import Box
 from ragkit.gfm.near_shapes import clip, through
 from ragkit.gfm.neighbourhood import around
+from ragkit.gfm.neighbourhood_drawing import _curve
 from ragkit.gfm.path_picture import clean
 from ragkit.graph import KnowledgeGraph
 
@@ -248,3 +250,14 @@ def test_nothing_lies_on_a_line_if_there_is_room():
     for x, y in moved[2:]:
         line = a[1] + (b[1] - a[1]) * (x - a[0]) / (b[0] - a[0])
         assert abs(y - line) >= 10
+
+
+@pytest.mark.parametrize("label", [(400, 255), (300, 300), (520, 240), (450, 330), (330, 262)])
+def test_no_arrow_hides_behind_its_node(label):
+    one, two = Box(["a"], 200, 36, 230, 20), Box(["b"], 220, 36, 420, 300)
+    box = Box(["to"], 60, 16, *label)
+    start, bend, end = _curve(one, box, two)
+    for node, (a, b, c) in ((two, (start, bend, end)), (one, (end, bend, start))):
+        for t in np.linspace(0.5, 0.98, 40):
+            x, y = ((1 - t) ** 2 * p + 2 * t * (1 - t) * q + t**2 * r for p, q, r in zip(a, b, c, strict=True))
+            assert abs(x - node.x) > node.width / 2 - 2 or abs(y - node.y) > node.height / 2 - 2
