@@ -89,6 +89,8 @@ def test_wide_code_can_be_scrolled_by_keyboard(site):
     for page in ("index.html", "notebooks/00_quickstart.html"):
         text = (site / page).read_text(encoding="utf-8")
         assert '<pre tabindex="0">' in text and "<pre>" not in text
+    text = (site / "index.html").read_text(encoding="utf-8")
+    assert '<div tabindex="0" class="table-wrapper' in text and '<div class="table-wrapper' not in text
 
 
 @pytest.mark.slow

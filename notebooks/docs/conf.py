@@ -77,9 +77,10 @@ def drop_bare_types(app, domain, objtype, content):
 
 
 def reach_by_keyboard(app, page, template, context, doctree):
-    """Code and outputs that are wider than the page can be scrolled with the arrow keys, too."""
+    """Code, outputs and tables that are wider than the page can be scrolled with the arrow keys, too."""
     if "body" in context:
-        context["body"] = context["body"].replace("<pre>", '<pre tabindex="0">')
+        body = context["body"].replace("<pre>", '<pre tabindex="0">')
+        context["body"] = body.replace('<div class="table-wrapper', '<div tabindex="0" class="table-wrapper')
 
 
 def setup(app):

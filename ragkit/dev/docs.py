@@ -155,7 +155,7 @@ def _page(page: str, name: str, value: Any) -> str:
 
 def _settings_table(cls: type[Config]) -> list[str]:
     """All settings of a class, groups included, as a list table: what forms and `--help` show too."""
-    lines = [".. list-table::", "   :header-rows: 1", "   :widths: 25 20 15 40", ""]
+    lines = [".. list-table::", "   :header-rows: 1", "   :widths: auto", ""]
     rows = [("setting", "takes", "default", "what it does")]
     for key, field, inner in walk(cls):
         if inner is None:
