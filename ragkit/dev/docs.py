@@ -156,13 +156,13 @@ def _page(page: str, name: str, value: Any) -> str:
 def _settings_table(cls: type[Config]) -> list[str]:
     """All settings of a class, groups included, as a list table: what forms and `--help` show too."""
     lines = [".. list-table::", "   :header-rows: 1", "   :widths: auto", ""]
-    rows = [("setting", "takes", "default", "what it does")]
+    rows = [("setting", "takes", "what it does")]
     for key, field, inner in walk(cls):
         if inner is None:
             unit = unit_of(field)
             takes = expectation(field, with_unit=False) + (f" ({unit})" if unit else "")
-            default = yaml_value(default_of(cls, key))
-            rows.append((f"``{key}``", _plain(takes), _plain(default), _plain(field.description or "")))
+            takes += f"; default: {yaml_value(default_of(cls, key))}"
+            rows.append((f"``{key}``", _plain(takes), _plain(field.description or "")))
     for row in rows:
         lines += [f"   {'*' if i == 0 else ' '} - {cell}" for i, cell in enumerate(row)]
     return [*lines, ""]
