@@ -131,7 +131,6 @@ def test_form_and_panel_of_notebook_03(lab, hold, pictures):
         notebook.shot(shown, pictures / f"{name}_dark.png")
 
 
-@pytest.mark.long  # form, panel and keyboard are those of notebook 03, and test_notebooks.py runs its cells
 def test_notebook_00_with_the_keyboard(lab, hold):
     notebook = lab.open("00_quickstart.ipynb")
     notebook.run_above("print(form.code())")

@@ -12,7 +12,6 @@ import pytest
 from watching import losses, until
 
 from ragkit.config import LSRConfig, RALTConfig
-from ragkit.jobs import Job
 from ragkit.runs import Run, RunError
 from ragkit.widgets.run_panel import RunPanel
 
@@ -86,18 +85,6 @@ def test_a_panel_on_a_run_that_failed_says_how_to_go_on(tmp_path, monkeypatch):
     run.dir.rmdir()
     panel = RunPanel.attach(run.dir)
     assert panel.resume_button.disabled and panel.message == words + "start a new run."
-
-
-def test_as_many_processes_as_asked_for_are_started_and_shown(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    asked = []
-    monkeypatch.setattr(Job, "_launch", lambda self, command, arguments, processes: asked.append(processes))
-    RunPanel(LSRConfig(), processes=2).start()
-    assert asked == [2]
-    run = Run.create(RALTConfig(), "runs", "a")
-    with run.hold(program="ragkit", device="cpu", threads=1, processes=2):
-        panel = RunPanel.attach(run.dir)
-        assert "CPU, 1 thread, 2 processes · memory " in panel.display.machine.value
 
 
 @pytest.mark.slow
@@ -208,13 +195,14 @@ def test_an_estimate_of_settings_leaves_the_kernel_free(own, panels, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.long  # test_jobs.py stops two processes and goes on with them; here is what the panel says of them
-def test_two_processes(own, panels):
+def test_two_processes(own, panels, held):
     panel = RunPanel(own(), processes=2)
     panels.append(panel)
+    held.at(3)
     panel.start()
-    until(lambda: panel.state == "running" and panel._status.step > 2)
+    held.wait()
     until(lambda: "2 processes" in panel.display.machine.value and "memory" in panel.display.machine.value)
     panel.stop()
+    held.let_go()
     assert panel.wait(300) == "stopped", panel.message
     assert not panel.resume_button.disabled
