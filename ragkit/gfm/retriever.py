@@ -247,8 +247,8 @@ class GFMRetriever:
                 found[place] = list(row)
             return
         warnings.warn(
-            f"{len(places)} of {len(questions)} questions name no entity of the graph and get no passage (first: "
-            f"{questions[places[0]][:120]!r}); give GFMRetriever a fallback= retriever for them",
+            f"no entity of the graph is named in {len(places)} of {len(questions)} questions, so no passage is found "
+            f"(first: {questions[places[0]][:120]!r}); give GFMRetriever a fallback= retriever for them",
             stacklevel=3,
         )
 

@@ -164,7 +164,9 @@ def test_given_entities_take_the_linkers_place(build):
 def test_a_question_without_an_entity(build):
     retriever = build(linker=EntityLinker(make_graph()))
     questions = [QUESTIONS[0], "how are you?", "why not?"]
-    with pytest.warns(UserWarning, match=r"2 of 3 questions name no entity.*'how are you\?'.*fallback=") as caught:
+    with pytest.warns(
+        UserWarning, match=r"no entity of the graph is named in 2 of 3 questions, so.*'how are you\?'.*fallback="
+    ) as caught:
         found = retriever.retrieve(questions, 2)
     assert len(caught) == 1 and [len(row) for row in found] == [2, 0, 0]
     fallback = build(ranker="simple")
@@ -336,7 +338,7 @@ def test_a_rag_system_answers_and_is_evaluated(make_rag, build):
     answer = rag.query(QUESTIONS[0])
     assert len(answer.passages) == 2 and isinstance(answer.text, str)
     strings = make_rag(build(linker=EntityLinker(make_graph())))
-    with pytest.warns(UserWarning, match="1 of 2 questions name no entity"):
+    with pytest.warns(UserWarning, match="named in 1 of 2 questions, so no passage is found"):
         with_one, without = strings.batch_query([QUESTIONS[0], "how are you?"])
     assert with_one.text == answer.text and without.passages == () and isinstance(without.text, str)
     result = evaluate(rag, examples()[1], ks=(1, 2))
