@@ -35,6 +35,7 @@ from ragkit.tuning.qa_data import QAData, QAExample, load_qa
 from ragkit.tuning.ralt import RALTTrainer
 from ragkit.tuning.ralt_rows import exchange_passages
 from ragkit.tuning.teacher import LSRRow
+from ragkit.units import counted
 
 CORPUS = "small_world"
 KS = (1, 3, 5)
@@ -272,7 +273,7 @@ def quickstart(config: QuickstartConfig | None = None, out: Out = print) -> Quic
         retriever: Any = system.retriever
         say(f"{len(retriever.store)} passages, {len(train)} training and {len(test)} test questions")
         encoder, lm = _parameters(retriever.query_encoder.model), _parameters(system.generator.model)
-        say(f"encoder {encoder}, language model {lm}; {_plural(threads)}")
+        say(f"encoder {encoder}, language model {lm}; {counted(threads, 'CPU thread')}")
     with steps("Score it on the test questions") as say:
         scores[BEFORE] = score(system, test, config)
         asked = list(test[:3])
@@ -371,7 +372,3 @@ def _curve(result: TrainResult) -> str:
 
 def _parameters(model: Any) -> str:
     return f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M parameters"
-
-
-def _plural(threads: int) -> str:
-    return f"{threads} CPU thread{'s' if threads > 1 else ''}"

@@ -10,12 +10,14 @@ from ragkit.processes import is_first, shared_run, world_size
 from ragkit.run_state import read_record
 from ragkit.runs import Run, RunError
 from ragkit.settings import Config, ConfigError, flat, load_config
+from ragkit.units import counted
 
 C = TypeVar("C", bound=Config)
 
 # What does not change what is trained.
 ASIDE = {"name", "output_dir", "resume", "train.num_threads", "train.report_to"}
 ASIDE |= {f"train.{key}" for key in ("logging_steps", "log_interval", "save_steps", "save_total_limit")}
+PROCESSES = "process", "processes"
 LENGTH = {"train.max_steps", "train.num_epochs", "train.num_epoch"}
 
 
@@ -99,14 +101,10 @@ def other_processes(run: Run, started: Any, config: Any) -> str:
         return ""
     how = f"torchrun --nproc_per_node={then}" if then > 1 else "one process, without torchrun"
     return (
-        f"{run.dir} was trained in {_processes(then)} and goes on in {_processes(now)}: a step has {rows_now} rows "
-        f"from here on, not {rows_then}, so the number of steps is another, and rows are trained on twice or left "
-        f"out. To go on as it began: {how}"
+        f"{run.dir} was trained in {counted(then, *PROCESSES)} and goes on in {counted(now, *PROCESSES)}: a step has "
+        f"{rows_now} rows from here on, not {rows_then}, so the number of steps is another, and rows are trained on "
+        f"twice or left out. To go on as it began: {how}"
     )
-
-
-def _processes(count: int) -> str:
-    return f"{count} process{'es' if count > 1 else ''}"
 
 
 def _rows_of_a_process(config: Any) -> int:

@@ -1,4 +1,4 @@
-"""Times and sizes in words, as estimates, step logs and run panels say them."""
+"""Times, sizes and numbers of things in words."""
 
 from __future__ import annotations
 
@@ -26,6 +26,17 @@ def rough_duration(seconds: float) -> str:
 def size(mib: float) -> str:
     """MiB in words, to two digits."""
     return f"{_two(mib / 1024)} GiB" if mib >= 995 else f"{_two(mib)} MiB"
+
+
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """1 question, 2,000 questions.
+
+    Args:
+        number: How many.
+        one: What one of them is called.
+        many: What others are called; None: that with an s.
+    """
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
 def _two(value: float) -> str:

@@ -17,6 +17,7 @@ from ragkit.gfm.path_picture import shorten
 from ragkit.gfm.paths import Explanation
 from ragkit.graph import KnowledgeGraph
 from ragkit.tables import html_table, text_table
+from ragkit.units import counted
 
 if TYPE_CHECKING:
     from ragkit.gfm.retriever import GFMRetriever
@@ -76,9 +77,9 @@ class Neighbourhood:
     @property
     def summary(self) -> str:
         """How much of the graph this is, in a sentence."""
-        text = f"{_count(len(self.nodes), 'entity', 'entities')} and {_count(len(self.edges), 'edge', 'edges')}"
+        text = f"{counted(len(self.nodes), 'entity', 'entities')} and {counted(len(self.edges), 'edge')}"
         if self.left_out:
-            text += f"; {self.left_out:,} more within {_count(self.hops, 'hop', 'hops')} left out"
+            text += f"; {self.left_out:,} more within {counted(self.hops, 'hop')} left out"
         return text
 
     @property
@@ -93,7 +94,7 @@ class Neighbourhood:
             parts.append(f"Scored: {self.explanation.title}.")
             if self.paths:
                 best = self.explanation.paths[self.paths[0] - 1]
-                parts.append(f"{_count(len(self.paths), 'path', 'paths')} highlighted; the best: {best}.")
+                parts.append(f"{counted(len(self.paths), 'path')} highlighted; the best: {best}.")
         return " ".join(shorten(part, 300) for part in parts)
 
     def only_paths(self) -> Neighbourhood:
@@ -194,10 +195,6 @@ def _node_row(node: NearNode, role: str) -> tuple[str, ...]:
         f"{node.degree:,}",
         f"{node.num_documents:,}",
     )
-
-
-def _count(number: int, one: str, many: str) -> str:
-    return f"{number:,} {one if number == 1 else many}"
 
 
 # ---- making one ----
@@ -350,12 +347,12 @@ def around(
     """
     found = pick(graph, list(starts), scores, explanation, hops, max_nodes)
     notes = [explanation.note] if explanation is not None and explanation.note else []
-    room = _count(max_nodes, "node", "nodes")
+    room = counted(max_nodes, "node")
     total = len(explanation.paths) if explanation is not None else 0
     if len(found.paths) < total:
         notes.append(f"{total - len(found.paths)} of {total} paths do not fit into {room}.")
     if found.missing_starts:
-        missing = _count(found.missing_starts, "entity", "entities")
+        missing = counted(found.missing_starts, "entity", "entities")
         notes.append(f"{missing} of the question: no room in {room}.")
     known = scores if scores is not None else explanation
     return Neighbourhood(

@@ -11,7 +11,6 @@ import numpy as np
 from ragkit.plots.plot import Plot
 from ragkit.plots.style import (
     bar_look,
-    counted,
     cut,
     drawing,
     figures,
@@ -20,6 +19,7 @@ from ragkit.plots.style import (
     one_line,
     shorten,
 )
+from ragkit.units import counted
 
 DIRECTIONS = ("KL(P_R||Q_LM)", "KL(Q_LM||P_R)")
 QUESTIONS = 4  # shown if there are more
@@ -223,7 +223,7 @@ def _words(shown: Sequence[Mapping[str, Any]], total: int, direction: str) -> st
         for label, values in question["retriever"].items():
             kl = _nats(_kl(question, label, direction))
             words.append(f"{_p_name(label)}, for {_favourite(question, values)}, {direction} {kl} nats")
-        many = counted(len(question["ids"]), "passage", "passages")
+        many = counted(len(question["ids"]), "passage")
         parts.append(f"{cut(question['question'], 80)} ({many}): {'; '.join(words)}.")
     some = f" ({len(shown)} of {total:,} questions)" if total > len(shown) else ""
     return f"The retriever's and the teacher's distributions{some}. {' '.join(parts)}"

@@ -11,7 +11,6 @@ from ragkit.plots.plot import Plot
 from ragkit.plots.style import (
     MARKERS,
     bar_look,
-    counted,
     drawing,
     empty,
     figures,
@@ -22,6 +21,7 @@ from ragkit.plots.style import (
     plain_ticks,
     shorten,
 )
+from ragkit.units import counted
 
 SMALL = 12  # largest degree up to which plain scales show more than logarithmic ones
 POINTS = 300  # of a curve
@@ -207,7 +207,7 @@ def _draw_relations(axes: Any, names: list[str], uses: np.ndarray, rest: int, ot
 
 def _relation_words(names: list[str], uses: np.ndarray, shown: np.ndarray, rest: np.ndarray) -> str:
     total = int(uses.sum())
-    words = f"{counted(len(names), 'relation', 'relations')} in {counted(total, 'triple', 'triples')}."
+    words = f"{counted(len(names), 'relation')} in {counted(total, 'triple')}."
     if not total:
         return words
     first = [f"{shorten(names[int(i)], 40)} {figures(100 * uses[i] / total)} %" for i in shown[:3]]

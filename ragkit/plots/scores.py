@@ -12,7 +12,6 @@ from ragkit.plots.style import (
     INK,
     MARKERS,
     bar_look,
-    counted,
     drawing,
     empty,
     figures,
@@ -23,6 +22,7 @@ from ragkit.plots.style import (
     new_figure,
     shorten,
 )
+from ragkit.units import counted
 
 ACROSS = 20  # bars that have room for their numbers side by side
 CHARS = 92  # of the metrics' names below them
@@ -205,6 +205,6 @@ def _family_words(scores: Mapping[str, EvaluationResult], families: Mapping[str,
             if values:
                 parts.append(f"{family}@{k}: {', '.join(values)}")
     counts = {len(result.ids) for result in scores.values()}
-    questions = counted(max(counts), "question", "questions")
+    questions = counted(max(counts), "question")
     questions = questions if len(counts) == 1 else f"{min(counts):,} to {questions}"
     return f"Mean over {questions} with 95 % interval. {'; '.join(parts) or 'no score'}."

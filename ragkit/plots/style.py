@@ -158,11 +158,6 @@ def legend_columns(names: Sequence[str], most: int) -> int:
     return max(1, min(most, len(names), 110 // (max(map(len, names)) + 8)))
 
 
-def counted(number: int, one: str, many: str) -> str:
-    """1 question, 2,000 questions."""
-    return f"{number:,} {one if number == 1 else many}"
-
-
 def cut(text: str, width: int) -> str:
     """One line of at most `width` characters; the end goes."""
     text = one_line(text)

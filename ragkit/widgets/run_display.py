@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ragkit.run_state import RunState
+from ragkit.units import counted
 from ragkit.widgets import run_view as view
 from ragkit.widgets.base import escape, set_tooltip, widgets
 from ragkit.widgets.run_words import where_words
@@ -101,8 +102,8 @@ class RunDisplay:
         now = time.monotonic()
         if at_once or now - self._slow_at > SLOW:
             self._slow_at = now
-            counted = pids() if state in BUSY else []
-            set_value(self.machine, view.quiet_html(view.machine_words(status.facts, counted, work.events)))
+            processes = pids() if state in BUSY else []
+            set_value(self.machine, view.quiet_html(view.machine_words(status.facts, processes, work.events)))
             self._show_log(work, state)
             set_value(self.where, view.quiet_html(where_words(work, state)))
         events = work.events.events
@@ -133,8 +134,3 @@ def set_value(widget: Any, value: str) -> None:
     """Sends a text to the front end only if it is another one."""
     if widget.value != value:
         widget.value = value
-
-
-def counted(number: int, what: str) -> str:
-    """ "1 line", "2 lines"."""
-    return f"{number} {what}{'s' if number != 1 else ''}"
