@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import unicodedata
-import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 
 from ragkit.optional import require
+from ragkit.plots.fonts import FONT, no_word_of_fonts
 
-FONT, FONTS = "DejaVu Sans", "'DejaVu Sans', Verdana, sans-serif"  # matplotlib's own, and what a browser may take
 SVG = "http://www.w3.org/2000/svg"
 
 
@@ -46,6 +45,5 @@ def text_width(text: str, size: float, bold: bool = False) -> float:
         family=FONT, size=size, weight="bold" if bold else "normal"
     )
     measure = require("matplotlib.textpath").text_to_path.get_text_width_height_descent
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # the reader's browser has the fonts
+    with no_word_of_fonts():
         return (measure(text, properties, False)[0] + squares * size) / 72

@@ -5,15 +5,16 @@ from __future__ import annotations
 import io
 import math
 import textwrap
-import warnings
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ragkit.gfm.looks import DARK, FONT, FONTS, LIGHT, SVG, Look, text_width
+from ragkit.gfm.looks import DARK, LIGHT, SVG, Look, text_width
 from ragkit.gfm.path_layout import Layout, lay_out
 from ragkit.gfm.path_picture import Edge, Node, clean, label_of, picture_graph, shorten
 from ragkit.optional import require
+from ragkit.plots.fonts import families, no_word_of_fonts, page_fonts
+from ragkit.units import counted
 
 if TYPE_CHECKING:
     from ragkit.gfm.paths import Explanation
@@ -50,9 +51,8 @@ def draw_paths(explanation: Explanation, format: str = "svg", dark: bool = False
     if format not in ("svg", "png"):
         raise ValueError(f'format: expected "svg" or "png", found {format!r}')
     matplotlib = require("matplotlib", extra="notebooks")
-    settings = {"svg.hashsalt": "ragkit", "svg.fonttype": "none", "font.family": FONT}
-    with matplotlib.rc_context(settings), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # an SVG's reader has the fonts; a PNG shows a frame
+    settings = {"svg.hashsalt": "ragkit", "svg.fonttype": "none", "font.family": families()}
+    with matplotlib.rc_context(settings), no_word_of_fonts():
         figure, titles = _figure(explanation, DARK if dark else LIGHT)
         file = io.BytesIO()
         if format == "png":
@@ -307,9 +307,8 @@ def _finished_svg(raw: bytes, titles: dict[str, str], explanation: Explanation) 
             group.insert(0, title)
         group.attrib.pop("id", None)  # two pictures on one page must not share ids
     for text in root.iter(f"{{{SVG}}}text"):
-        text.set("style", text.get("style", "").replace(f"'{FONT}'", FONTS))
-    paths = f"{len(explanation.paths)} path{'' if len(explanation.paths) == 1 else 's'}"
-    label = clean(f"{paths} to {explanation.title}")
+        text.set("style", page_fonts(text.get("style", "")))
+    label = clean(f"{counted(len(explanation.paths), 'path')} to {explanation.title}")
     if explanation.question:
         label += f", for the question: {clean(explanation.question)}"
     root.set("role", "img")

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import io
-import warnings
 import xml.etree.ElementTree as ET
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ragkit.gfm.looks import FONT, FONTS, SVG
+from ragkit.gfm.looks import SVG
 from ragkit.gfm.path_picture import clean
 from ragkit.optional import require
+from ragkit.plots.fonts import FONTS, families, no_word_of_fonts
 from ragkit.plots.palette import palette_png
 
 Step = tuple[Any, ...]  # ("M", x, y), ("L", x, y), ("Q", x, y, x, y), ("C", x, y, x, y, x, y) or ("Z",)
@@ -128,9 +128,8 @@ def to_png(groups: Iterable[Group], size: tuple[float, float], colors: Mapping[s
     """
     matplotlib = require("matplotlib", extra="notebooks")
     file = io.BytesIO()
-    settings = {"font.family": FONT, "lines.scale_dashes": False}
-    with matplotlib.rc_context(settings), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")
+    settings = {"font.family": families(), "lines.scale_dashes": False}
+    with matplotlib.rc_context(settings), no_word_of_fonts():
         width, height = (round(value) for value in size)
         figure = require("matplotlib.figure").Figure(figsize=(width / 72, height / 72), facecolor=colors["paper"])
         axes = figure.add_axes((0, 0, 1, 1))

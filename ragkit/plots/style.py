@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ragkit.optional import require
+from ragkit.plots.fonts import families, no_word_of_fonts
 
 # What is drawn in these three is given the colours of the page where a picture stands in one (ragkit.plots.svg); they
 # are odd numbers so that nothing else has them by chance.
@@ -23,7 +24,6 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 # Faces and hatches of bars.
 BARS = (("#bbbbbb", ""), ("#56b4e9", "//"), ("#0072b2", ""), (GROUND, ".."), (GROUND, "xx"), ("#e69f00", "\\\\"))
 RAW = "#9aa0a6"  # what was measured, behind what is made of it
-FONT = "DejaVu Sans"  # comes with matplotlib: the same picture on every machine
 SIZE = 9.0  # points
 WIDTH, HEIGHT = 8.0, 3.5  # inches
 
@@ -36,7 +36,7 @@ def drawing() -> Iterator[None]:
     """matplotlib's own defaults with ours, whatever the session has set, for one thread at a time."""
     matplotlib = require("matplotlib", extra="notebooks")
     ours = {
-        "font.family": [FONT],
+        "font.family": families(),
         "font.size": SIZE,
         "text.color": INK,
         "text.parse_math": False,  # a name may hold dollar signs
@@ -66,8 +66,7 @@ def drawing() -> Iterator[None]:
         "svg.fonttype": "none",
         "svg.hashsalt": "ragkit",
     }
-    with _lock, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # an SVG's reader has the fonts; a PNG shows a frame
+    with _lock, no_word_of_fonts(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "constrained_layout not applied")
         # The backend is left alone: to set it would end the session's pyplot figures.
         defaults = {name: value for name, value in matplotlib.rcParamsDefault.items() if name not in _KEPT}

@@ -6,7 +6,8 @@ import hashlib
 import re
 import xml.etree.ElementTree as ET
 
-from ragkit.plots.style import FAINT, FONT, GROUND, INK
+from ragkit.plots.fonts import page_fonts
+from ragkit.plots.style import FAINT, GROUND, INK
 
 SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 # JupyterLab's own colours where there are some, else those of the text around the picture.
@@ -15,7 +16,6 @@ THEME = {
     FAINT: "var(--jp-border-color0, #888)",
     GROUND: "none",
 }
-FONTS = f"'{FONT}', Verdana, sans-serif"
 _CONTROL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f]")  # may not stand in XML
 _NUMBER = re.compile(r"-?\d+\.\d{3,}")
 _REFERENCE = re.compile(r"#([A-Za-z_][\w.-]*)")
@@ -61,7 +61,7 @@ def finish(raw: bytes, alt: str, title: str, themed: bool, prefix: str | None = 
 
 
 def _styled(style: str, themed: bool) -> str:
-    style = style.replace(f"'{FONT}'", FONTS)
+    style = page_fonts(style)
     if themed:
         for color, theirs in THEME.items():
             style = style.replace(color, theirs)
