@@ -17,7 +17,8 @@ from watching import losses, until
 from ragkit import job_process
 from ragkit.config import EvaluateConfig, LSRConfig, RALTConfig
 from ragkit.job_commands import command_of_run
-from ragkit.jobs import Job, latest
+from ragkit.job_search import latest
+from ragkit.jobs import Job
 from ragkit.run_state import is_process
 from ragkit.runs import Run, RunError
 from ragkit.widgets.run_words import where_words

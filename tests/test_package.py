@@ -95,6 +95,7 @@ ROOMS = [
         "ragkit.gfm_commands",
         "ragkit.commands",
         "ragkit.jobs",
+        "ragkit.job_search",
         "ragkit.job_commands",
         "ragkit.job_log",
         "ragkit.job_process",

@@ -10,9 +10,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ragkit import jobs, plots
+from ragkit import plots
 from ragkit.evaluation import Comparison
 from ragkit.job_commands import training_of
+from ragkit.job_search import latest
 from ragkit.jobs import Job
 from ragkit.run_state import RunState
 from ragkit.runs import RunError
@@ -89,7 +90,7 @@ class RunPanel(StaticBox):
         Raises:
             RunError: There is none.
         """
-        path = jobs.latest(root, command)
+        path = latest(root, command)
         if path is None:
             kind = f" of the command {command}" if command else ""
             raise RunError(f'there is no run{kind} in "{root}" yet; start one with RunPanel(form)')
