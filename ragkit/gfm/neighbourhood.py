@@ -354,6 +354,11 @@ def around(
     if found.missing_starts:
         missing = counted(found.missing_starts, "entity", "entities")
         notes.append(f"{missing} of the question: no room in {room}.")
+    far = [node.name for node in found.nodes if node.distance is None and node.role == "other"]
+    if far:
+        more = f" and {len(far) - 3} more" if len(far) > 3 else ""
+        names = ", ".join(shorten(name, 40) for name in far[:3])
+        notes.append(f"Among the best scored, but more than {counted(hops, 'hop')} away: {names}{more}.")
     known = scores if scores is not None else explanation
     return Neighbourhood(
         question=known.question if known is not None else "",

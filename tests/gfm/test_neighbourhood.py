@@ -107,6 +107,8 @@ def test_the_best_entities_are_shown_even_where_they_are_far(line):
     scores = scored(line, ["a"], {"z": 7.0, "b": 1.0}, best=["z", "b"])
     found = around(line, scores.starts, scores, hops=1, max_nodes=4)
     assert names(found)[:3] == ["a", "z", "b"] and found.nodes[1].distance is None
+    assert found.note == "Among the best scored, but more than 1 hop away: z."
+    assert around(line, scores.starts, scores, hops=1, max_nodes=1).note == ""
 
 
 def test_documents_are_counted_and_named(line):
