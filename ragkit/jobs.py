@@ -215,9 +215,11 @@ class Job:
     @property
     def alive(self) -> bool:
         """Whether its process is there."""
-        if self._process is not None and self._process.poll() is None:
-            return True
-        return bool(self._roots(self.record()))
+        return bool(self._started() or self._roots(self.record()))
+
+    def _started(self) -> list[int]:
+        """The process that was started here, as far as it lives."""
+        return [] if self._process is None or self._process.poll() is not None else [self._process.pid]
 
     def _roots(self, record: dict[str, Any]) -> list[int]:
         """The process that stands over the command, and the command's own, as far as they live."""
@@ -229,9 +231,8 @@ class Job:
     def pids(self) -> list[int]:
         """The numbers of all its processes."""
         psutil = require("psutil")
-        found: dict[int, None] = dict.fromkeys(pid for pid in self._roots(self.record()) if pid)
-        if self._process is not None and self._process.poll() is None:
-            found[self._process.pid] = None  # it may not have said its number yet
+        # What was started here may not have said its number yet.
+        found: dict[int, None] = dict.fromkeys(pid for pid in [*self._started(), *self._roots(self.record())] if pid)
         facts = self.run.state().facts if self.run.dir.is_dir() else {}
         if is_process(facts.get("pid"), facts.get("created")):
             found[facts["pid"]] = None

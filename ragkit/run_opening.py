@@ -17,8 +17,8 @@ C = TypeVar("C", bound=Config)
 # What does not change what is trained.
 ASIDE = {"name", "output_dir", "resume", "train.num_threads", "train.report_to"}
 ASIDE |= {f"train.{key}" for key in ("logging_steps", "log_interval", "save_steps", "save_total_limit")}
-PROCESSES = "process", "processes"
 LENGTH = {"train.max_steps", "train.num_epochs", "train.num_epoch"}
+PROCESSES = "process", "processes"
 
 
 class OtherSettingsWarning(UserWarning):

@@ -20,7 +20,7 @@ def rough_duration(seconds: float) -> str:
     larger = [(name, size) for name, size in (("day", 86400.0), ("hour", 3600.0)) if seconds >= 1.5 * size]
     name, size = larger[0] if larger else ("minute", 60.0)
     count = max(1, round(seconds / size))
-    return f"about {count} {name}{'s' if count > 1 else ''}"
+    return f"about {counted(count, name)}"
 
 
 def size(mib: float) -> str:

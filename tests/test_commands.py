@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launching import TORCHRUN
 from watching import until
 
 from ragkit import commands, console
@@ -391,7 +392,7 @@ def test_a_killed_training_goes_on_as_if_it_had_not_been(own, own_lm, run_here, 
 
 @pytest.mark.slow
 def test_two_processes_share_one_run_and_one_speaks(own, own_lm):
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ragkit")
+    launcher = (*TORCHRUN[1:], "-m", "ragkit")
     done = run_command("lsr", *own_lm, launcher=launcher)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("passages, 6 training questions") == 1

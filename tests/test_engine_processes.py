@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from launching import TORCHRUN
 
 from ragkit.runs import Run
 
@@ -23,8 +24,7 @@ def test_a_loss_that_is_not_finite_on_one_process_is_said_by_the_first(tmp_path,
     run = Run.create(job.SETTINGS, tmp_path, name="run")
     places = [ROOT, ROOT / "kernels", ROOT / "tests" / "helpers"]
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        + [__file__, str(run.dir), str(bad)],
+        [*TORCHRUN, __file__, str(run.dir), str(bad)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, places)), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -15,6 +15,7 @@ import pretrain_job
 import pytest
 import torch
 import yaml
+from launching import TORCHRUN
 from watching import losses, until
 
 from ragkit import commands
@@ -275,7 +276,7 @@ def test_an_interrupted_pre_training_resumes(folder, held):
 
 @pytest.mark.slow
 def test_two_processes_share_one_run_and_one_speaks(folder):
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ragkit")
+    launcher = (*TORCHRUN[1:], "-m", "ragkit")
     done = subprocess.run(
         **command_line(*FINETUNE, "train.max_steps=6", "name=mine", launcher=launcher),
         capture_output=True,

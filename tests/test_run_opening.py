@@ -6,6 +6,7 @@ import warnings
 
 import lsr_job
 import pytest
+from silence import no_warning
 
 from ragkit.commands import BAD_INPUT, main
 from ragkit.config import GFMFinetuneConfig, GFMPretrainConfig, LSRConfig, RALTConfig
@@ -175,7 +176,5 @@ def test_another_number_of_processes_is_warned_about(tmp_path, monkeypatch):
 
 def test_a_run_that_does_not_tell_its_processes_is_not_warned_about(run, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.simplefilter("ignore", ResourceWarning)  # of what earlier tests left to be collected
+    with no_warning():
         open_run(LSRConfig(), run, resume=True, again=False)

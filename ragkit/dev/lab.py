@@ -140,12 +140,12 @@ class JupyterLab:
         page = self._browser.new_page(viewport=VIEW)
         page.set_default_timeout(START * 1000)
         page.goto(f"{self.url}/lab/tree/{name}?reset")
-        page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=START * 1000)
-        page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]", timeout=START * 1000)
+        page.wait_for_selector(".jp-Notebook .jp-Cell")
+        page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]")
         while page.locator(".jp-Dialog").count():
             page.keyboard.press("Escape")
             page.wait_for_timeout(100)
-        page.wait_for_function(LOADED, timeout=START * 1000)
+        page.wait_for_function(LOADED)
         page.evaluate("() => jupyterapp.shell.collapseLeft()")
         return Notebook(page)
 
@@ -259,7 +259,7 @@ class Notebook:
         change = "name => jupyterapp.commands.execute('apputils:change-theme', {theme: name})"
         self.page.evaluate(change, THEMES[theme])
         light = "true" if theme == "light" else "false"
-        self.page.wait_for_function(f"() => document.body.dataset.jpThemeLight === '{light}'", timeout=START * 1000)
+        self.page.wait_for_function(f"() => document.body.dataset.jpThemeLight === '{light}'")
 
     def focused(self) -> str:
         """Label or text of what has the keyboard's focus."""

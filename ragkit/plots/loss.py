@@ -29,6 +29,7 @@ from ragkit.plots.style import (
     shorten,
 )
 from ragkit.runs import Run
+from ragkit.units import counted
 
 FEW = 12  # points up to which each gets a marker
 MANY = 6  # runs; of more, the names stand below the picture, not on the curves
@@ -317,7 +318,7 @@ def _loss_words(curve: Curves, chosen: Sequence[str]) -> str:
         words = f"from {figures(first)} to {figures(last)} over {loss.steps[-1]:,} steps"
     if curve.not_finite.size:
         many = curve.not_finite.size
-        words += f"; not a finite number at {many:,} step{'s' if many > 1 else ''} (first: {curve.not_finite[0]:,})"
+        words += f"; not a finite number at {counted(many, 'step')} (first: {curve.not_finite[0]:,})"
     for name in ("loss", *chosen):
         series = curve.metrics.get(name)
         if series is not None and series.values.size:

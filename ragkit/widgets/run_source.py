@@ -10,6 +10,7 @@ from ragkit.job_commands import training_of
 from ragkit.jobs import Job
 from ragkit.run_text import as_command
 from ragkit.runs import RunError
+from ragkit.units import counted
 from ragkit.widgets.run_view import shown_path
 from ragkit.widgets.thread_run import Scores, ThreadRun
 
@@ -83,7 +84,7 @@ class Source:
         errors = list(self.form.errors) if self.form is not None else []
         if errors:
             fields = "; ".join(str(problem) for problem in errors[:5])
-            count = f"{len(errors)} wrong field{'s' if len(errors) != 1 else ''}"
+            count = counted(len(errors), "wrong field")
             raise RunError(f"not started: the form has {count}: {fields}")
 
     # ---- why a button is off; empty if it is not ----

@@ -12,7 +12,7 @@ from typing import Any
 from ragkit.evaluation import Comparison, EvaluationResult, compare
 from ragkit.optional import require
 from ragkit.run_state import EventReader, RunState
-from ragkit.units import rough_duration, size
+from ragkit.units import counted, rough_duration, size
 from ragkit.widgets.base import BORDER, CODE, ERROR, QUIET, TEXT, escape
 
 # A sign and a word for each state: nothing hangs on a colour.
@@ -96,7 +96,7 @@ def machine_words(facts: Mapping[str, Any], pids: Iterable[int], events: EventRe
         threads, processes = facts.get("threads"), int(facts.get("processes") or 1)
         where = "CPU" if device == "cpu" else device
         if device == "cpu" and threads:
-            where += f", {threads} thread{'s' if threads != 1 else ''}"
+            where += f", {counted(threads, 'thread')}"
         words.append(where + (f", {processes} processes" if processes > 1 else ""))
     memory = memory_of(pids)
     if memory:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
+from silence import no_warning
 
 from ragkit import LSRConfig, RALTConfig
 from ragkit.compat.fedrag import (
@@ -59,9 +58,7 @@ def test_arguments_become_settings(tmp_path, make_fedrag, rows):
         report_to="none",
         remove_unused_columns=False,
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # all of them are used
-        warnings.simplefilter("ignore", ResourceWarning)  # of what earlier tests left to be collected
+    with no_warning():  # all of them are used
         trainer = HuggingFaceTrainerForLSR(make_fedrag(top_k=3), [rows], training_arguments=given)
     assert trainer.config.train.model_dump() == {
         **TrainConfig().model_dump(),

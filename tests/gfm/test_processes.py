@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import processes_job as job
 import pytest
 import torch
+from launching import TORCHRUN
 
 from ragkit.gfm import load_gfm
 from ragkit.gfm.training import best_of
@@ -50,8 +50,7 @@ def launch(folder, tasks):
         paths[-1].write_text(json.dumps(one))
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        + [job.__file__, str(folder), *map(str, paths)],
+        [*TORCHRUN, job.__file__, str(folder), *map(str, paths)],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

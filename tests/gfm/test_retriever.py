@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import warnings
 
 import pytest
 import torch
+from silence import no_warning
 
 from ragkit.config import LSRConfig, RAGConfig, RALTConfig
 from ragkit.evaluation import evaluate
@@ -170,9 +170,7 @@ def test_a_question_without_an_entity(build):
         found = retriever.retrieve(questions, 2)
     assert len(caught) == 1 and [len(row) for row in found] == [2, 0, 0]
     fallback = build(ranker="simple")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.simplefilter("ignore", ResourceWarning)  # of what earlier tests left to be collected
+    with no_warning():
         saved = build(linker=retriever.linker, fallback=fallback).retrieve(questions, 2)
     assert pairs(saved[:1]) == pairs(found[:1])
     assert pairs(saved[1:]) == pairs(fallback.retrieve(questions[1:], 2))  # through its own linker's embeddings

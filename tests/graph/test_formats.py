@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 
 import pytest
+from silence import no_warning
 
 from ragkit.graph import GraphError, KnowledgeGraph
 from ragkit.graph.formats import find_layout
@@ -142,9 +142,7 @@ def test_nothing_there(tmp_path):
 def test_save_keeps_other_files_and_v1s_form(graph, tmp_path):
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / "train.json").write_text("[]")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.simplefilter("ignore", ResourceWarning)  # of what earlier tests left to be collected
+    with no_warning():
         graph.save(tmp_path)
     stage1 = tmp_path / "processed" / "stage1"
     assert (stage1 / "kg.txt").read_text().splitlines()[:2] == ["lima,capital of,peru", "peru,borders,chile"]

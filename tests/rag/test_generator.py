@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import warnings
 
 import pytest
 import torch
+from silence import no_warning
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from ragkit.prompts import PromptError
@@ -40,9 +40,7 @@ def test_a_models_sampling_settings_do_not_leak_and_nothing_is_printed(generator
     greedy = generator.generate_ids(pairs[0])
     config = generator.model.generation_config
     config.do_sample, config.temperature, config.top_p, config.repetition_penalty = True, 9.0, 0.5, 3.0
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.simplefilter("ignore", ResourceWarning)  # of what earlier tests left to be collected
+    with no_warning():
         assert generator.generate_ids(pairs[0]) == greedy == generator.generate_ids(pairs[0])
     assert generator.model.generation_config is config and config.temperature == 9.0
     captured = capfd.readouterr()

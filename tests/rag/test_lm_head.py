@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 import transformers
+from silence import no_warning
 from transformers import AutoModelForCausalLM
 
 from ragkit.rag.lm_head import hidden_states, read_head
@@ -137,9 +136,7 @@ def test_an_adapter_on_the_head_is_seen_even_if_put_on_later(over):
     adapted = get_peft_model(model, LoraConfig(r=2, task_type="CAUSAL_LM", **over))
     with pytest.warns(UserWarning, match="instead of one linear layer"):
         assert read_head(adapted) is None
-    with warnings.catch_warnings():  # said once
-        warnings.simplefilter("error")
-        warnings.simplefilter("ignore", ResourceWarning)  # of what earlier tests left to be collected
+    with no_warning():  # said once
         assert read_head(adapted) is None
 
 

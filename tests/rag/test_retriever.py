@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
-import warnings
 
 import pytest
 import torch
+from silence import no_warning
 
 from ragkit.rag.corpus import Passage
 from ragkit.rag.encoder import Encoder
@@ -189,9 +189,7 @@ def test_training_both_sides_makes_the_index_stale(trainable):
     assert trainable.stale
     with pytest.warns(UserWarning, match="call refresh"):
         trainable.retrieve(QUESTIONS, 1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.simplefilter("ignore", ResourceWarning)  # of what earlier tests left to be collected
+    with no_warning():
         trainable.retrieve(QUESTIONS, 1)  # once is enough
     trainable.refresh()
     assert not trainable.stale and not torch.allclose(trainable.store.embeddings(["lima"]), before, atol=1e-3)

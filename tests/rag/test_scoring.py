@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import warnings
 
 import pytest
 import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from silence import no_warning
 from transformers import AutoModelForCausalLM
 
 from ragkit.rag import scoring
@@ -95,9 +95,7 @@ def test_a_shared_beginning_changes_nothing_but_the_work(tokenizer, many, config
     model = make(config_name, tokenizer, **over)
     whole = score_responses(model, prompts, responses, 0, batch_size=16)
     seen = count_tokens(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.simplefilter("ignore", ResourceWarning)  # of what earlier tests left to be collected
+    with no_warning():
         shared = score_responses(model, prompts, responses, 0, batch_size=16, groups=groups)
     torch.testing.assert_close(shared, whole, atol=2e-5, rtol=1e-5)
     assert scoring._can_share[model]

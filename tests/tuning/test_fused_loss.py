@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import os
-import socket
 import subprocess
-import sys
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from launching import TORCHRUN
+from silence import no_warning
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     GemmaConfig,
@@ -233,9 +233,7 @@ def test_a_head_that_is_not_known_falls_back_with_one_message(system, questions,
     wanted = float(model(**batch).loss.detach())
     with pytest.warns(UserWarning, match="Doubled: its logits are not"), training_loss(model) as fused:
         assert not fused and float(model(**batch).loss) == pytest.approx(wanted)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.simplefilter("ignore", ResourceWarning)  # of what earlier tests left to be collected
+    with no_warning():
         with training_loss(model, weighted=True):  # said once
             assert float(model(**batch, loss_weights=torch.ones_like(batch["labels"])).loss) == pytest.approx(wanted)
 
@@ -402,11 +400,7 @@ def test_two_processes_have_the_curve_of_one_with_twice_the_batch(system, questi
     env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     train = {"batch_size": 3, "max_steps": 3, "learning_rate": 5e-3, "warmup_steps": 0}
     config = {"output_dir": str(tmp_path), "name": "run", "top_k": 2, "method": "lora", "train": train}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
-    command += [str(tmp_path / "job.py"), str(tmp_path), json.dumps(config)]
+    command = [*TORCHRUN, str(tmp_path / "job.py"), str(tmp_path), json.dumps(config)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]

@@ -12,6 +12,7 @@ from pathlib import Path
 import lsr_job as job
 import pytest
 import torch
+from launching import TORCHRUN
 from safetensors.torch import load_file
 
 from ragkit.best import best_of, keep_if_better
@@ -239,8 +240,7 @@ def test_two_processes_end_with_the_same_weights(tmp_path):
     """Each of the two has half of a batch, and the first one's choice and weights are those of both."""
     config = settings(tmp_path, "both", train=QUICK)
     run = Run.create(config, tmp_path, name="both")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [__file__, str(run.dir), "right", "torchrun"]
+    command = [*TORCHRUN, __file__, str(run.dir), "right", "torchrun"]
     environment = {**os.environ, **HELPERS}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from silence import no_warning
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -73,9 +74,7 @@ def test_fused_and_packed_loss_are_the_models_own(name, attention):
     model = MODELS[name]().train()
     if attention == "sdpa" and not model._supports_sdpa:
         pytest.skip("transformers has no sdpa for it: its attention has a cap")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # a head that is not read would say so
-        warnings.simplefilter("ignore", ResourceWarning)  # of what earlier tests left to be collected
+    with no_warning():  # a head that is not read would say so
         model.config.use_cache = False
         model.set_attn_implementation(attention)
         assert packing_works(model)
